@@ -1,0 +1,203 @@
+"""Stage 2b: the cost model, harmfulness from pairs of responses and a safety label for each.
+
+    E2   L = mean(-log s(c(x, y_unsafer) - c(x, y_safer))                          s = sigmoid
+                  -log s(g_s c(x, y_safer)) - log s(g_u c(x, y_unsafer))) + reg * mean(c^2)
+
+g = +1 for an unsafe response, -1 for a safe one (Safe RLHF, eq. 4). The sign terms give the cost a
+zero with a meaning, C > 0 is unsafe and C <= 0 is safe: both constraints rest on that.
+`--loss token-wise` compares the pair at every token from the first that differs instead.
+Twin of reward_model.py: `diff reward_model.py cost_model.py` shows what a cost adds.
+
+    python cost_model.py                                                     # the toy world, on a CPU
+    torchrun --nproc-per-node 8 cost_model.py --fsdp --dtype bf16 --model <sft folder> \\
+        --dataset PKU-Alignment/PKU-SafeRLHF --eval-dataset PKU-Alignment/PKU-SafeRLHF:test ...
+
+Left out: training the normalizer's running statistics (checkpoints that carry them are honoured;
+of a cost only the scale may be normalized), and the severity of harm (the labels have a sign only).
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import DataError, batch_indices, encode, load_preferences, pad
+from distributed import (
+    RunError, RunLog, adamw, add_run_flags, check_finite, clip_gradients, deal, device, learning_rate,
+    load_checkpoint, mean_over_ranks, need, rank, run, save_checkpoint, save_final, shard,
+)  # fmt: skip
+from models import ModelError, ScoreModel, context_length, end_scores, load_score_model, load_tokenizer, save_score_model
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    # model and data
+    flag("--model", default="runs/demo/sft/model", help="model to start from: folder or hub name; its head is new if it has none")
+    flag("--dataset", default="runs/demo/data/preferences_train.jsonl", help="preference pairs in the PKU-SafeRLHF schema")
+    flag("--eval-dataset", default="runs/demo/data/preferences_test_cost.jsonl", help="held-out pairs ('' for none)")
+    flag("--skip-bad-rows", action="store_true", help="skip and count malformed rows instead of stopping")
+    flag("--chat-template", action="store_true", help="use the tokenizer's chat template for prompts")
+    flag("--max-length", type=int, default=48, help="longest prompt + response in tokens")
+    # optimization
+    flag("--loss", choices=("sequence-wise", "token-wise"), default="sequence-wise", help="compare end scores, or every token's")
+    flag("--regularization", type=float, default=1e-3, help="weight of the mean squared score")
+    flag("--steps", type=int, default=600, help="optimizer steps")
+    flag("--batch-size", type=int, default=64, help="pairs per step, over all ranks")
+    flag("--micro-batch-size", type=int, default=64, help="pairs per forward pass and rank")
+    flag("--lr", type=float, default=3e-3, help="peak learning rate, cosine to zero")
+    flag("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
+    flag("--warmup-ratio", type=float, default=0.03, help="share of steps with a rising learning rate")
+    flag("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    add_run_flags(parser, "runs/demo/cost_model")
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------ equations
+
+
+def cost_loss(
+    safer: Tensor, unsafer: Tensor, safer_is_safe: Tensor, unsafer_is_safe: Tensor, regularization: float = 0.0
+) -> Tensor:
+    """E2: end scores (B,), (B,) and safety labels (B,) bool -> scalar. A higher score is more harmful,
+    and a positive one says that the response is unsafe."""
+    loss = -F.logsigmoid(unsafer - safer) - F.logsigmoid(harm_sign(safer_is_safe) * safer)
+    loss = (loss - F.logsigmoid(harm_sign(unsafer_is_safe) * unsafer)).mean()
+    return loss + regularization * torch.cat([safer, unsafer]).square().mean()
+
+
+def harm_sign(is_safe: Tensor) -> Tensor:
+    """g of E2: (B,) bool -> (B,), -1 where safe and +1 where unsafe."""
+    return 1.0 - 2.0 * is_safe.float()
+
+
+def compared_tokens(safer_ids: Tensor, unsafer_ids: Tensor, safer_mask: Tensor, unsafer_mask: Tensor) -> Tensor:
+    """Ids and masks (B, L), right-padded -> (B, L) mask from the first differing token of a pair to
+    the later of the two ends: the shared prompt says nothing about which response is safer."""
+    differs = (safer_ids != unsafer_ids) | (safer_mask != unsafer_mask)
+    return (differs.cumsum(-1) > 0) & ((safer_mask + unsafer_mask) > 0)
+
+
+def cost_loss_tokenwise(
+    safer: Tensor, unsafer: Tensor, safer_ids: Tensor, unsafer_ids: Tensor, safer_mask: Tensor, unsafer_mask: Tensor,
+    safer_is_safe: Tensor, unsafer_is_safe: Tensor, regularization: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """E2 at every compared token: scores, ids and masks (B, L), right-padded, labels (B,) -> scalar.
+
+    The mean over a pair's compared tokens, then the mean over pairs. Beyond the shorter response's
+    end its scores at padding take part, as in the published implementation."""
+    mask = compared_tokens(safer_ids, unsafer_ids, safer_mask, unsafer_mask)  # (B, L)
+    loss = -F.logsigmoid(unsafer - safer) - F.logsigmoid(harm_sign(safer_is_safe)[:, None] * safer)
+    loss = loss - F.logsigmoid(harm_sign(unsafer_is_safe)[:, None] * unsafer)
+    loss = loss + regularization * (safer.square() + unsafer.square()) / 2
+    return (torch.where(mask, loss, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+# ------------------------------------------------------------------------------ one batch of pairs
+
+
+def pair_batch(pairs: list[tuple], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (safer, unsafer, safer is safe, unsafer is safe) -> ids and mask (2 B, L), the safer ones
+    first, right-padded, and the safety labels (2 B,)."""
+    ids, mask = pad([pair[0] for pair in pairs] + [pair[1] for pair in pairs], pad_token_id, side="right")
+    is_safe = torch.tensor([pair[2] for pair in pairs] + [pair[3] for pair in pairs])
+    return ids.to(device()), mask.to(device()), is_safe.to(device())
+
+
+def batch_loss(model: ScoreModel, pairs: list[tuple], pad_token_id: int, args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the end scores (B,) of the safer and of the unsafer responses, and the share of right signs."""
+    ids, mask, is_safe = pair_batch(pairs, pad_token_id)
+    scores = model(ids, mask)  # (2 B, L)
+    safer, unsafer = end_scores(scores, mask).chunk(2)
+    if args.loss == "token-wise":
+        loss = cost_loss_tokenwise(*scores.chunk(2), *ids.chunk(2), *mask.chunk(2), *is_safe.chunk(2), args.regularization)
+    else:
+        loss = cost_loss(safer, unsafer, *is_safe.chunk(2), args.regularization)
+    right_sign = (harm_sign(is_safe) * torch.cat([safer, unsafer]) > 0).float().mean()
+    return loss, safer, unsafer, right_sign
+
+
+@torch.no_grad()
+def evaluate(model: ScoreModel, pairs: list[tuple], pad_token_id: int, args) -> dict:
+    """Accuracies and score statistics over this rank's share of held-out pairs; then the mean over ranks."""
+    pairs = pairs[: len(pairs) // args.batch_size * args.batch_size] or pairs  # equally many on every rank
+    results = [batch_loss(model, deal(pairs[i : i + args.batch_size]), pad_token_id, args) for i in range(0, len(pairs), args.batch_size)]
+    safer, unsafer = torch.cat([r[1] for r in results]), torch.cat([r[2] for r in results])
+    scores = torch.cat([safer, unsafer])
+    return mean_over_ranks({
+        "eval_accuracy": (unsafer > safer).float().mean().item(),
+        "eval_sign_accuracy": torch.stack([r[3] for r in results]).mean().item(),
+        "eval_score_mean": scores.mean().item(),
+        "eval_score_std": scores.std().item(),
+    })  # fmt: skip
+
+
+def main(args):
+    torch.manual_seed(args.seed)
+
+    # ------------------------------------------------------------------ data
+    need(args.model, "python sft.py")
+    need(args.dataset, "python toy_world.py preferences")
+    tokenizer = load_tokenizer(args.model)
+
+    def load_pairs(dataset: str) -> list[tuple]:
+        rows = load_preferences(dataset, args.skip_bad_rows)
+        texts = [(r["prompt"], r[f"response_{i}"]) for r in rows for i in (r["safer_response_id"], 1 - r["safer_response_id"])]
+        safe = [r[f"is_response_{i}_safe"] for r in rows for i in (r["safer_response_id"], 1 - r["safer_response_id"])]
+        ids = [ids for ids, _ in encode(tokenizer, texts, args.max_length, args.chat_template)]
+        return list(zip(ids[0::2], ids[1::2], safe[0::2], safe[1::2]))
+
+    pairs = load_pairs(args.dataset)
+    eval_pairs = load_pairs(args.eval_dataset) if args.eval_dataset else []
+
+    # ------------------------------------------------------------------ model
+    model = load_score_model(args.model, "cost", new_head=True)
+    if args.max_length > context_length(model.config):
+        raise RunError(f"--max-length {args.max_length} exceeds the model's context of {context_length(model.config)} tokens")
+    model = shard(model, args)
+    optimizer = adamw(model, args.lr, args.weight_decay)
+    resumed = load_checkpoint(args, {"model": (model, optimizer)})
+    first_step = resumed["step"] if resumed else 0
+    log = RunLog(args, "cost model", ("loss", "accuracy", "sign_accuracy", "score_mean"), first_step)
+
+    for step in range(first_step, args.steps):
+        # -------------------------------------------------------------- 1 batch
+        batch = deal([pairs[i] for i in batch_indices(len(pairs), args.batch_size, step, args.seed)])
+
+        # -------------------------------------------------------------- 2 gradient
+        metrics = {"loss": 0.0, "accuracy": 0.0, "sign_accuracy": 0.0, "score_mean": 0.0}
+        for start in range(0, len(batch), args.micro_batch_size):
+            micro = batch[start : start + args.micro_batch_size]
+            weight = len(micro) / len(batch)  # so that micro-batches add up to the batch's mean
+            loss, safer, unsafer, right_sign = batch_loss(model, micro, tokenizer.pad_token_id, args)
+            check_finite(step, loss=loss, safer_scores=safer, unsafer_scores=unsafer)
+            (weight * loss).backward()
+            metrics["loss"] += weight * loss.item()
+            metrics["accuracy"] += weight * (unsafer > safer).float().mean().item()
+            metrics["sign_accuracy"] += weight * right_sign.item()
+            metrics["score_mean"] += weight * torch.cat([safer, unsafer]).mean().item()
+
+        # -------------------------------------------------------------- 3 update
+        lr = learning_rate(args.lr, step, args.steps, args.warmup_ratio, cosine=True)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = clip_gradients(model, args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # -------------------------------------------------------------- 4 log and save
+        if step == args.steps - 1 and eval_pairs:
+            metrics |= evaluate(model, eval_pairs, tokenizer.pad_token_id, args)
+        log.metrics(step, mean_over_ranks(metrics | {"grad_norm": grad_norm, "lr": lr}))
+        if args.save_every and (step + 1) % args.save_every == 0:
+            save_checkpoint(args, step + 1, {"model": (model, optimizer)}, {})
+
+    log.close()
+    if eval_pairs and rank() == 0 and args.steps > first_step:
+        print(f"held-out pairs ordered rightly: {metrics['eval_accuracy']:.1%} of {len(eval_pairs)}; sign of the cost right: {metrics['eval_sign_accuracy']:.1%}")
+    save_final(args, save_score_model, model, tokenizer)
+
+
+if __name__ == "__main__":
+    run(main, parse_args(), (DataError, ModelError))

@@ -1,0 +1,363 @@
+"""Processes, sharding, checkpoints and a run's directory.
+
+    run                   start (under torchrun or alone), turn bad input into one line and exit code 2
+    deal, gather_rows     a batch is dealt row by row: rank r of N holds rows r, r + N, r + 2N, ...
+    mean_over_ranks       every rank holds equally many samples, so the mean of means is the mean
+    shard, gathered       FSDP2 around a model, and the whole model again while it generates
+    save_*, load_*        resumable checkpoints: complete or absent
+    RunLog                metrics.jsonl, samples.jsonl, the progress bar
+
+One process is the case N = 1 of the same code; nothing here needs torchrun.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class RunError(RuntimeError):
+    """The run cannot start or go on: the message says what, where and what to do."""
+
+
+# ------------------------------------------------------------------------------ flags and processes
+
+
+def add_run_flags(parser, output_dir: str, training: bool = True) -> None:
+    """The flags that say where and on what a script runs; the same in all of them."""
+    flag = parser.add_argument_group("run").add_argument
+    flag("--output-dir", default=output_dir, help="folder for everything that the script writes")
+    flag("--seed", type=int, default=0, help="seed of initialization, data order and sampling")
+    flag("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype; trained weights stay float32")
+    flag("--fsdp", action="store_true", help="shard every model over the ranks (FSDP2; start with torchrun)")
+    flag("--cpu-offload", action="store_true", help="with --fsdp: keep shards and optimizer states in host memory")
+    if training:
+        flag("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
+        flag("--save-every", type=int, default=0, help="write a resumable checkpoint every N steps (0: never)")
+        flag("--keep", type=int, default=2, help="how many checkpoints to keep")
+        flag("--resume", action="store_true", help="go on from the newest complete checkpoint in --output-dir")
+
+
+def check_flags(args) -> None:
+    """Raise RunError for values that cannot work, before anything is loaded."""
+    for name in ("steps", "batch_size", "micro_batch_size", "minibatch_size", "max_length", "max_new_tokens", "ppo_epochs", "samples", "keep"):
+        if getattr(args, name, 1) < 1:
+            raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("lr", "critic_lr", "lambda_init", "lambda_lr", "kl_coeff", "ptx_coeff", "temperature", "save_every", "regularization"):
+        value = getattr(args, name, 0)
+        if not (math.isfinite(value) and value >= 0):
+            raise RunError(f"--{name.replace('_', '-')} must be a finite number >= 0, got {value}")
+    if getattr(args, "cpu_offload", False) and not args.fsdp:
+        raise RunError("--cpu-offload works on shards: add --fsdp")
+    if getattr(args, "fsdp", False) and not dist.is_initialized():
+        raise RunError(f"--fsdp needs torchrun, also for one process: torchrun --nproc-per-node 1 {' '.join(sys.argv)}")
+    for name in ("batch_size", "minibatch_size"):
+        if getattr(args, name, world_size()) % world_size():
+            raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be dealt evenly to {world_size()} processes")
+    if getattr(args, "minibatch_size", None) and args.batch_size % args.minibatch_size:
+        raise RunError(f"--minibatch-size {args.minibatch_size} does not divide --batch-size {args.batch_size}")
+
+
+def need(path: str, command: str) -> None:
+    """Raise RunError if another stage has yet to make `path`."""
+    if path.startswith("runs/") and not os.path.exists(path):
+        raise RunError(f"{path} is missing; `{command}` makes it")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def run(main, args, bad_input: tuple = ()) -> None:
+    """Call main(args) in its process group. Bad input ends in one line on stderr and exit code 2."""
+    if "RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        check_flags(args)
+        main(args)
+    except (RunError, *bad_input) as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; go on from the last checkpoint, if any, with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------ rows over ranks
+
+
+def deal(rows):
+    """This rank's rows of a global batch. Round robin, so that rows [k M / N, (k + 1) M / N) of all
+    ranks together are rows [k M, (k + 1) M): minibatches hold the same samples for every N."""
+    return rows[rank() :: world_size()]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(B / N, ...) of every rank -> (B, ...) in the global order."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Means over the ranks, in float64."""
+    if world_size() == 1:
+        return values
+    total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return dict(zip(values, (total / world_size()).tolist()))
+
+
+# ------------------------------------------------------------------------------ models over ranks
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks: the longest ModuleList, whatever the architecture calls it."""
+    return list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len))
+
+
+def shard(model: nn.Module, args, trained: bool = True) -> nn.Module:
+    """Move a model to this rank's device and, with --fsdp, split it: one unit per block and the root."""
+    bf16 = args.dtype == "bf16"
+    if not trained:
+        model.requires_grad_(False)
+        if bf16 and not args.fsdp:
+            model.to(torch.bfloat16)  # nothing accumulates in a frozen model
+    model.to(device())
+    if trained and args.activation_checkpointing:
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+        wrapped = set(blocks(model))
+        apply_activation_checkpointing(model, check_fn=lambda module: module in wrapped)
+    if args.fsdp:
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+        offload = CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy()
+        for block in blocks(model):
+            fully_shard(block, mp_policy=precision, offload_policy=offload)
+        fully_shard(model, mp_policy=precision, offload_policy=offload)
+    elif bf16 and trained:
+        model.forward = torch.autocast(device().type, torch.bfloat16)(model.forward)  # float32 master weights
+    return model
+
+
+@contextmanager
+def gathered(model: nn.Module):
+    """Hold the whole model on every rank. Within, a forward pass uses no collective, so that ranks
+    may sample responses of different lengths without waiting for each other."""
+    units = [m for m in model.modules() if hasattr(m, "unshard")]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield model
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Average the gradients over the ranks (FSDP has done so already), clip their norm, return it."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if world_size() > 1 and not any(hasattr(m, "unshard") for m in model.modules()):
+        for p in parameters:
+            dist.all_reduce(p.grad)
+            p.grad /= world_size()
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if not torch.isfinite(norm):
+        bad = next((n for n, p in model.named_parameters() if p.grad is not None and not local(p.grad).isfinite().all()), "?")
+        raise RunError(f"the gradient is not finite; the first bad tensor is {bad}. Lower the learning rate, or use --dtype fp32")
+    return norm.item()
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def check_finite(step: int, **tensors: Tensor) -> None:
+    """Raise RunError naming the first tensor with a NaN or an infinity. A float counts as a tensor."""
+    for name, tensor in tensors.items():
+        if not torch.as_tensor(tensor).isfinite().all():
+            raise RunError(f"step {step}: {name} is not finite. Look at the inputs of this step, lower the learning rate, or use --dtype fp32")
+
+
+def learning_rate(base: float, step: int, steps: int, warmup_ratio: float, cosine: bool) -> float:
+    """Linear warm-up, then constant or a cosine to zero. A pure function of the step: nothing to save."""
+    warmup = math.ceil(warmup_ratio * steps)
+    if step < warmup:
+        return base * (step + 1) / warmup
+    return base * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) if cosine else base
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: a bias or a norm's gain has no reason to be small."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state on rank 0's host memory (empty on the others), gathered tensor by tensor."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _trained_state(trained: dict) -> dict:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    state = {}
+    for name, (model, optimizer) in trained.items():
+        state[name], state[name + "_optimizer"] = get_state_dict(model, optimizer)
+    return state
+
+
+def save_checkpoint(args, step: int, trained: dict, extra: dict) -> None:
+    """Write <output-dir>/checkpoints/step-N: `trained` maps a name to (model, optimizer), `extra` is
+    plain JSON. Everything goes under a temporary name that is renamed when it is complete."""
+    import torch.distributed.checkpoint as dcp
+
+    folder = os.path.join(args.output_dir, "checkpoints")
+    final, temporary = os.path.join(folder, f"step-{step}"), os.path.join(folder, "unfinished")
+    try:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.makedirs(temporary)
+        if world_size() > 1:
+            dist.barrier()
+        dcp.save(_trained_state(trained), checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        if rank() == 0:
+            with open(os.path.join(temporary, "extra.json"), "w") as file:
+                json.dump({"step": step} | extra, file)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(temporary, final)
+            for old in complete_checkpoints(args.output_dir)[: -args.keep]:
+                shutil.rmtree(os.path.join(folder, f"step-{old}"))
+    except OSError as error:
+        raise RunError(f"cannot write a checkpoint to {folder} ({error.strerror}); the last good one is untouched") from None
+
+
+def complete_checkpoints(output_dir: str) -> list[int]:
+    """Steps with a complete checkpoint, oldest first."""
+    folder = os.path.join(output_dir, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(int(n.removeprefix("step-")) for n in names if n.startswith("step-"))
+
+
+def load_checkpoint(args, trained: dict) -> dict | None:
+    """With --resume: fill `trained` from the newest checkpoint and return its `extra` (with `step`),
+    or None where there is nothing to resume."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    steps = complete_checkpoints(args.output_dir)
+    if not args.resume or not steps:
+        return None
+    folder = os.path.join(args.output_dir, "checkpoints", f"step-{steps[-1]}")
+    state = _trained_state(trained)
+    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    for name, (model, optimizer) in trained.items():
+        set_state_dict(model, optimizer, model_state_dict=state[name], optim_state_dict=state[name + "_optimizer"])
+    with open(os.path.join(folder, "extra.json")) as file:
+        return json.load(file)
+
+
+# ------------------------------------------------------------------------------ the run's directory
+
+
+class RunLog:
+    """args.json, metrics.jsonl and samples.jsonl of a run, written by rank 0, and its progress bar."""
+
+    def __init__(self, args, name: str, shown: tuple[str, ...], first_step: int = 0):
+        self.folder, self.shown, self.main = args.output_dir, shown, rank() == 0
+        if self.main:
+            try:
+                os.makedirs(self.folder, exist_ok=True)
+                with open(os.path.join(self.folder, "args.json"), "w") as file:
+                    json.dump(vars(args), file, indent=2)
+                for file in ("metrics.jsonl", "samples.jsonl"):
+                    self._cut(os.path.join(self.folder, file), first_step)
+            except OSError as error:
+                raise RunError(f"cannot write to --output-dir {self.folder} ({error.strerror})") from None
+        self.bar = tqdm(total=args.steps, initial=first_step, desc=name, disable=not self.main, dynamic_ncols=True, smoothing=0.05)
+
+    @staticmethod
+    def _cut(path: str, first_step: int) -> None:
+        """Keep the lines of steps before first_step: what a resumed run computes again, it logs again."""
+        kept = []
+        if first_step and os.path.exists(path):
+            with open(path) as file:
+                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] < first_step]
+        with open(path + ".tmp", "w") as file:
+            file.writelines(kept)
+        os.replace(path + ".tmp", path)
+
+    def metrics(self, step: int, values: dict) -> None:
+        if self.main:
+            self._append("metrics.jsonl", {"step": step} | values)
+            self.bar.set_postfix({k: f"{values[k]:.3g}" for k in self.shown if k in values}, refresh=False)
+            self.bar.update()
+
+    def samples(self, step: int, rows: list[dict]) -> None:
+        if self.main:
+            for row in rows:
+                self._append("samples.jsonl", {"step": step} | row)
+            row = rows[0]
+            numbers = "  ".join(f"{k} {v:+.2f}" for k, v in row.items() if isinstance(v, float))
+            self.bar.write(f"[{self.bar.desc} step {step}] {row['prompt']}\n    {row['response']}\n    {numbers}", file=sys.stderr)
+
+    def _append(self, name: str, row: dict) -> None:
+        try:
+            with open(os.path.join(self.folder, name), "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {name} in {self.folder} ({error.strerror})") from None
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def save_final(args, save, model: nn.Module, tokenizer) -> None:
+    """<output-dir>/model: weights by `save(model, state_dict, folder)` and tokenizer; complete or absent."""
+    state = full_state_dict(model)
+    if rank() == 0:
+        final, temporary = os.path.join(args.output_dir, "model"), os.path.join(args.output_dir, "model.unfinished")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            save(model, state, temporary)
+            tokenizer.save_pretrained(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(temporary, final)
+        except OSError as error:
+            raise RunError(f"cannot write the model to {final} ({error.strerror})") from None
+    if world_size() > 1:
+        dist.barrier()

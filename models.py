@@ -1,0 +1,367 @@
+"""What every script needs of a language model: scores, samples and token log-probabilities.
+
+    ScoreModel        a backbone and one linear head: reward model, cost model or critic
+    generate          sampling with a key-value cache, written out
+    token_log_probs   log pi(y_t | x, y_<t) of given responses
+    load_*, save_*    checkpoints in the layouts of Hugging Face and of the published Beaver models
+
+Frames: B sequences, P prompt width (left-padded), R response width, L = P + R, H hidden, V words.
+"""
+
+import json
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "dropout")
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot serve: the message says which, why and what to do."""
+
+
+# ------------------------------------------------------------------------------ masks and positions
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """(B, L) -> (B, L). The first real token is position 0 on whichever side the padding is,
+    so that padding never changes a score; padding itself gets any valid position."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def response_mask(responses: Tensor, eos_token_id: int) -> Tensor:
+    """(B, R) ids -> (B, R) mask of real tokens: up to and including the first EOS.
+
+    Found by EOS, not by PAD: where the two share an id, `ids != pad` would drop the EOS itself."""
+    ended_before = ((responses == eos_token_id).cumsum(-1) - (responses == eos_token_id).long()) > 0
+    return (~ended_before).long()
+
+
+# ------------------------------------------------------------------------------ score model
+
+
+def end_scores(scores: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, L), (B, L) -> (B,): the score at the last real token, whichever side is padded."""
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask * columns).argmax(-1, keepdim=True)
+    return scores.gather(1, last).squeeze(1)
+
+
+class ScoreModel(nn.Module):
+    """A transformer backbone and a linear head: one float32 score per token, the state's after it.
+
+    score_type  "reward"  (score - mean) / sd      when the checkpoint asks for normalization
+                "cost"    score / sd               scale only: the sign of a cost means safe or unsafe
+                "critic"  score                    never normalized
+    """
+
+    end_scores = staticmethod(end_scores)
+
+    def __init__(self, backbone: nn.Module, score_type: str, bias: bool = True, do_normalize: bool = False):
+        super().__init__()
+        if score_type not in ("reward", "cost", "critic"):
+            raise ModelError(f"score_type is reward, cost or critic, not {score_type!r}")
+        self.backbone, self.config = backbone, backbone.config
+        self.score_type, self.do_normalize = score_type, do_normalize
+        self.score_head = nn.Linear(self.config.hidden_size, 1, bias=bias)
+        nn.init.normal_(self.score_head.weight, std=0.02)
+        if bias:
+            nn.init.zeros_(self.score_head.bias)
+        self.normalizer = nn.Module()  # named as on disk
+        self.normalizer.register_buffer("mean", torch.zeros(1))
+        self.normalizer.register_buffer("var", torch.ones(1))
+        self.normalizer.register_buffer("count", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, L) ids and mask -> (B, L) float32 scores; columns of padding hold no meaning."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        hidden = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+        ).last_hidden_state  # (B, L, H)
+        # the head in float32 even under bf16: a difference of two scores is what everything rests on
+        bias = self.score_head.bias
+        scores = F.linear(hidden.float(), self.score_head.weight.float(), None if bias is None else bias.float()).squeeze(-1)
+        if self.do_normalize and self.score_type != "critic":
+            center = self.normalizer.mean if self.score_type == "reward" else 0.0
+            scores = (scores - center) / (self.normalizer.var.sqrt() + 1e-8)
+        return scores
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def resolve(path: str) -> str:
+    """A local folder as it is; anything else is a hub name, fetched to the local cache."""
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path) or path.startswith((".", "/")) or path.count("/") != 1:
+        raise ModelError(f"{path}: no such model folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"])
+    except Exception as error:  # offline, unknown, gated: the hub client has many types for "not to be had"
+        raise ModelError(f"{path}: neither a local folder nor to be had from the hub ({type(error).__name__})") from None
+
+
+def load_tokenizer(path: str):
+    """The tokenizer of a model folder, always with a PAD token (EOS where it has none)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(path))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{path}: the tokenizer has no EOS token, so no response could end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(path: str):
+    """The configuration with every dropout off: PPO's ratio compares two passes of the same function."""
+    try:
+        config = AutoConfig.from_pretrained(resolve(path))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path}: no usable config.json ({str(error).splitlines()[0]})") from None
+    for name in DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
+
+
+def context_length(config) -> int:
+    return getattr(config, "max_position_embeddings", None) or 1 << 30
+
+
+def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, from_config: bool = False):
+    """A causal LM in eval mode (dropouts are off, so train mode would be the same function)."""
+    config = load_config(path)
+    if from_config:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    if (config.architectures or [""])[0].endswith("ForScore"):
+        raise ModelError(f"{path}: a score model, not a language model")
+    try:
+        return AutoModelForCausalLM.from_pretrained(resolve(path), config=config, dtype=dtype).eval()
+    except OSError as error:
+        raise ModelError(f"{path}: no usable weights ({str(error).splitlines()[0]})") from None
+
+
+def read_state_dict(folder: str) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder: safetensors or pickled, whole or sharded with an index."""
+    from safetensors.torch import load_file
+
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        files = [name]
+        if os.path.exists(os.path.join(folder, name + ".index.json")):
+            with open(os.path.join(folder, name + ".index.json")) as file:
+                files = sorted(set(json.load(file)["weight_map"].values()))
+        elif not os.path.exists(os.path.join(folder, name)):
+            continue
+        state = {}
+        for file in files:
+            full = os.path.join(folder, file)
+            if not os.path.exists(full):
+                raise ModelError(f"{full}: named by the index, but not there")
+            state |= load_file(full) if file.endswith(".safetensors") else torch.load(full, map_location="cpu", weights_only=True)
+        return state
+    raise ModelError(f"{folder}: no model.safetensors and no pytorch_model.bin")
+
+
+def load_score_model(path: str, score_type: str, dtype: torch.dtype = torch.float32, new_head: bool = False) -> ScoreModel:
+    """Read a score model from a Beaver checkpoint (`*ForScore`), a Hugging Face reward model
+    (`*ForSequenceClassification` with one label) or, with `new_head`, a language model.
+
+    A critic may start from a reward or a cost model; otherwise the stored score_type must be the
+    asked one. Raises ModelError for a missing or superfluous head, another score_dim, another
+    score_type, or a weight that does not fit.
+    """
+    folder, config = resolve(path), load_config(path)
+    state = read_state_dict(folder)
+    kind = (config.architectures or [""])[0]
+    stored_type = getattr(config, "score_type", None)
+    if score_type != "critic" and stored_type is not None and stored_type != score_type:
+        raise ModelError(f"{path}: a {stored_type} model, and a {score_type} model is needed")
+    if getattr(config, "score_dim", 1) != 1 or (kind.endswith("ForSequenceClassification") and config.num_labels != 1):
+        raise ModelError(f"{path}: scores have {getattr(config, 'score_dim', config.num_labels)} dimensions, one is needed")
+
+    heads = {name for name in ("score_head", "score") if f"{name}.weight" in state}
+    if len(heads) > 1:
+        raise ModelError(f"{path}: two heads, score_head and score; remove the one that is not meant")
+    if not heads and not new_head:
+        raise ModelError(f"{path}: no score head, so its scores would be random. Train one with reward_model.py or cost_model.py")
+    head = heads.pop() if heads else None
+    bias = f"{head}.bias" in state if head else True
+    if kind.endswith("ForScore") and bias != getattr(config, "score_bias", getattr(config, "bias", bias)):
+        raise ModelError(f"{path}: config.json and the weights disagree about the bias of the score head")
+    if head and state[f"{head}.weight"].shape[0] != 1:
+        raise ModelError(f"{path}: the score head has {state[f'{head}.weight'].shape[0]} outputs, one is needed")
+
+    backbone = AutoModel.from_config(config, dtype=dtype)
+    model = ScoreModel(backbone, score_type, bias, bool(getattr(config, "do_normalize", False)))
+    model.to(dtype)
+    model.normalizer.float()  # statistics stay exact whatever the weights are in
+    prefix = backbone.base_model_prefix + "."  # "model." for Llama, "transformer." for GPT-2
+    named = {}
+    for name, tensor in state.items():
+        if name.startswith("normalizer."):
+            named[name] = tensor.reshape(1)
+        elif head and name.startswith(head + "."):
+            named["score_head." + name.removeprefix(head + ".")] = tensor
+        elif name.startswith(prefix):
+            named["backbone." + name.removeprefix(prefix)] = tensor
+        elif not name.startswith("lm_head."):  # a plain GPT-2 export has no prefix
+            named["backbone." + name] = tensor
+    missing, unexpected = model.load_state_dict({**named}, strict=False)
+    absent = [n for n in missing if not n.startswith(("normalizer.", "score_head." if head is None else "normalizer."))]
+    unexpected = [n for n in unexpected if not n.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
+    if absent or unexpected:
+        raise ModelError(f"{path}: weights do not fit the config (missing {absent[:3]}, superfluous {unexpected[:3]})")
+    return model.eval()
+
+
+def save_score_model(model: ScoreModel, state: dict[str, Tensor], folder: str) -> None:
+    """Write config.json and model.safetensors in the Beaver layout. `state` is the full state dict
+    of `model` (gathered, where the model is sharded)."""
+    from safetensors.torch import save_file
+
+    os.makedirs(folder, exist_ok=True)
+    prefix = model.backbone.base_model_prefix
+    tensors = {
+        (prefix + name.removeprefix("backbone") if name.startswith("backbone.") else name): tensor.contiguous()
+        for name, tensor in state.items()
+    }
+    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    config = model.config.to_diff_dict() | {
+        "architectures": [type(model.backbone).__name__.removesuffix("Model") + "ForScore"],
+        "score_dim": 1,
+        "score_bias": model.score_head.bias is not None,
+        "score_type": model.score_type,
+        "do_normalize": model.do_normalize,
+        "normalizer_type": getattr(model.config, "normalizer_type", None),
+        "momentum": getattr(model.config, "momentum", None),
+        "mean": model.normalizer.mean.tolist(),
+        "var": model.normalizer.var.tolist(),
+    }
+    with open(os.path.join(folder, "config.json"), "w") as file:
+        json.dump(config, file, indent=2, sort_keys=True)
+
+
+def save_causal_lm(model, state: dict[str, Tensor], folder: str) -> None:
+    model.save_pretrained(folder, state_dict=state)
+
+
+# ------------------------------------------------------------------------------ sampling
+
+
+def truncate_top_p(probs: Tensor, top_p: float) -> Tensor:
+    """(B, V) -> (B, V): the smallest set of most likely words with mass >= top_p, renormalized."""
+    sorted_probs, order = probs.sort(-1, descending=True)
+    mass_before = sorted_probs.cumsum(-1) - sorted_probs
+    kept = torch.zeros_like(probs).scatter(-1, order, sorted_probs * (mass_before < top_p))
+    return kept / kept.sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def generate(
+    policy,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+    uniforms: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample a response to every prompt, token by token over a key-value cache.
+
+    prompt_ids, prompt_mask (B, P), left-padded. Returns sequences (B, P + R) and log_probs (B, R):
+    the log-probability of each token under the distribution it was drawn from, temperature and top-p
+    included, and 0 after EOS. R <= max_new_tokens: it stops when every row has ended.
+    `temperature=0` is greedy (all mass on one word, so its log-probability is 0).
+
+    A token inverts the CDF at a uniform number. `uniforms` (B, max_new_tokens) lets the caller draw
+    them for the global batch, so that a row's samples do not depend on which rank computes it.
+    """
+    batch, width = prompt_ids.shape
+    if uniforms is None:
+        uniforms = torch.rand(batch, max_new_tokens, device=prompt_ids.device)
+    sequences, mask, cache = prompt_ids, prompt_mask, None
+    positions, inputs = position_ids(prompt_mask), prompt_ids
+    ended = torch.zeros(batch, dtype=torch.bool, device=prompt_ids.device)
+    log_probs = []
+    for t in range(max_new_tokens):
+        output = policy(
+            input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        logits, cache = output.logits[:, -1].float(), output.past_key_values  # (B, V)
+        if temperature == 0:
+            token = logits.argmax(-1)
+            log_prob = torch.zeros_like(logits[:, 0])
+        else:
+            probs = torch.softmax(logits / temperature, -1)
+            if top_p < 1:
+                probs = truncate_top_p(probs, top_p)
+            # float64: a float32 running sum over a vocabulary of 100,000 loses the rare words
+            cdf = probs.double().cumsum(-1)
+            token = torch.searchsorted(cdf, uniforms[:, t : t + 1].double() * cdf[:, -1:], right=True).squeeze(1)
+            token = token.clamp(max=probs.shape[1] - 1)
+            log_prob = probs.gather(1, token[:, None]).squeeze(1).log()
+        if pad_token_id is not None:
+            token = torch.where(ended, pad_token_id, token)
+        log_probs.append(torch.where(ended, 0.0, log_prob))
+        sequences = torch.cat([sequences, token[:, None]], 1)
+        mask = torch.cat([mask, (~ended).long()[:, None]], 1)
+        if eos_token_id is not None:
+            ended = ended | (token == eos_token_id)
+            if ended.all():
+                break
+        inputs, positions = token[:, None], positions[:, -1:] + 1
+    return sequences, torch.stack(log_probs, 1)
+
+
+# ------------------------------------------------------------------------------ log-probabilities
+
+PIECE = 1 << 26  # logits per piece: 256 MiB in float32
+
+
+def _token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """(B, R, V), (B, R) -> (B, R), in float32."""
+    logits = logits.float() / temperature
+    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def token_log_probs(policy, sequences: Tensor, attention_mask: Tensor, prompt_width: int, temperature: float = 1.0) -> Tensor:
+    """log pi(y_t | x, y_<t): (B, P + R), (B, P + R) -> (B, R) float32, with gradient.
+
+    `temperature` must be the one that the tokens were sampled at, else PPO's ratio does not start at 1.
+    Large logits are turned into log-probabilities in pieces that are recomputed in the backward pass,
+    so that no float32 copy of (B, R, V) ever exists.
+    """
+    responses = sequences[:, prompt_width:]
+    output = policy(
+        input_ids=sequences,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+        logits_to_keep=responses.shape[1] + 1,
+    )
+    logits = output.logits[:, -responses.shape[1] - 1 : -1]  # (B, R, V): column t predicts response token t
+    rows = max(1, PIECE // (logits.shape[1] * logits.shape[2]))
+    if rows >= len(logits):
+        return _token_log_probs(logits, responses, temperature)
+    pieces = [
+        checkpoint(_token_log_probs, logits[i : i + rows], responses[i : i + rows], temperature, use_reentrant=False)
+        for i in range(0, len(logits), rows)
+    ]
+    return torch.cat(pieces)

@@ -1,0 +1,185 @@
+"""Stage 2a: the reward model, helpfulness from pairs of responses.
+
+    E1   L = mean(-log s(r(x, y_better) - r(x, y_worse))) + reg * mean(r^2)        s = sigmoid
+
+Bradley-Terry on the score of the last token (Safe RLHF, eq. 3). Only differences matter to it, so
+the small regularization is what keeps the scores' level near zero.
+`--loss token-wise` compares the pair at every token from the first that differs instead.
+Twin of cost_model.py: `diff reward_model.py cost_model.py` shows what a cost adds.
+
+    python reward_model.py                                                   # the toy world, on a CPU
+    torchrun --nproc-per-node 8 reward_model.py --fsdp --dtype bf16 --model <sft folder> \\
+        --dataset PKU-Alignment/PKU-SafeRLHF --eval-dataset PKU-Alignment/PKU-SafeRLHF:test ...
+
+Left out: training the normalizer's running statistics (checkpoints that carry them are honoured),
+and a margin for how strongly annotators preferred a response (the data have none).
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import DataError, batch_indices, encode, load_preferences, pad
+from distributed import (
+    RunError, RunLog, adamw, add_run_flags, check_finite, clip_gradients, deal, device, learning_rate,
+    load_checkpoint, mean_over_ranks, need, rank, run, save_checkpoint, save_final, shard,
+)  # fmt: skip
+from models import ModelError, ScoreModel, context_length, end_scores, load_score_model, load_tokenizer, save_score_model
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    # model and data
+    flag("--model", default="runs/demo/sft/model", help="model to start from: folder or hub name; its head is new if it has none")
+    flag("--dataset", default="runs/demo/data/preferences_train.jsonl", help="preference pairs in the PKU-SafeRLHF schema")
+    flag("--eval-dataset", default="runs/demo/data/preferences_test_reward.jsonl", help="held-out pairs ('' for none)")
+    flag("--skip-bad-rows", action="store_true", help="skip and count malformed rows instead of stopping")
+    flag("--chat-template", action="store_true", help="use the tokenizer's chat template for prompts")
+    flag("--max-length", type=int, default=48, help="longest prompt + response in tokens")
+    # optimization
+    flag("--loss", choices=("sequence-wise", "token-wise"), default="sequence-wise", help="compare end scores, or every token's")
+    flag("--regularization", type=float, default=1e-3, help="weight of the mean squared score")
+    flag("--steps", type=int, default=600, help="optimizer steps")
+    flag("--batch-size", type=int, default=64, help="pairs per step, over all ranks")
+    flag("--micro-batch-size", type=int, default=64, help="pairs per forward pass and rank")
+    flag("--lr", type=float, default=3e-3, help="peak learning rate, cosine to zero")
+    flag("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
+    flag("--warmup-ratio", type=float, default=0.03, help="share of steps with a rising learning rate")
+    flag("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    add_run_flags(parser, "runs/demo/reward_model")
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------ equations
+
+
+def reward_loss(chosen: Tensor, rejected: Tensor, regularization: float = 0.0) -> Tensor:
+    """E1, Bradley-Terry: end scores (B,), (B,) -> scalar. A higher score is a more helpful response."""
+    loss = -F.logsigmoid(chosen - rejected).mean()
+    return loss + regularization * torch.cat([chosen, rejected]).square().mean()
+
+
+def compared_tokens(chosen_ids: Tensor, rejected_ids: Tensor, chosen_mask: Tensor, rejected_mask: Tensor) -> Tensor:
+    """Ids and masks (B, L), right-padded -> (B, L) mask from the first differing token of a pair to
+    the later of the two ends: the shared prompt says nothing about which response is better."""
+    differs = (chosen_ids != rejected_ids) | (chosen_mask != rejected_mask)
+    return (differs.cumsum(-1) > 0) & ((chosen_mask + rejected_mask) > 0)
+
+
+def reward_loss_tokenwise(
+    chosen: Tensor, rejected: Tensor, chosen_ids: Tensor, rejected_ids: Tensor,
+    chosen_mask: Tensor, rejected_mask: Tensor, regularization: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """E1 at every compared token: scores, ids and masks (B, L), right-padded -> scalar.
+
+    The mean over a pair's compared tokens, then the mean over pairs. Beyond the shorter response's
+    end its scores at padding take part, as in the published implementation."""
+    mask = compared_tokens(chosen_ids, rejected_ids, chosen_mask, rejected_mask)  # (B, L)
+    loss = -F.logsigmoid(chosen - rejected) + regularization * (chosen.square() + rejected.square()) / 2
+    return (torch.where(mask, loss, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+# ------------------------------------------------------------------------------ one batch of pairs
+
+
+def pair_batch(pairs: list[tuple], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Rows (better, worse, ...) of ids -> ids and mask (2 B, L), the better ones first, right-padded."""
+    ids, mask = pad([pair[0] for pair in pairs] + [pair[1] for pair in pairs], pad_token_id, side="right")
+    return ids.to(device()), mask.to(device())
+
+
+def batch_loss(model: ScoreModel, pairs: list[tuple], pad_token_id: int, args) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and the end scores (B,) of the better and of the worse responses."""
+    ids, mask = pair_batch(pairs, pad_token_id)
+    scores = model(ids, mask)  # (2 B, L)
+    chosen, rejected = end_scores(scores, mask).chunk(2)
+    if args.loss == "token-wise":
+        loss = reward_loss_tokenwise(*scores.chunk(2), *ids.chunk(2), *mask.chunk(2), args.regularization)
+    else:
+        loss = reward_loss(chosen, rejected, args.regularization)
+    return loss, chosen, rejected
+
+
+@torch.no_grad()
+def evaluate(model: ScoreModel, pairs: list[tuple], pad_token_id: int, args) -> dict:
+    """Accuracy and score statistics over this rank's share of held-out pairs; then the mean over ranks."""
+    pairs = pairs[: len(pairs) // args.batch_size * args.batch_size] or pairs  # equally many on every rank
+    results = [batch_loss(model, deal(pairs[i : i + args.batch_size]), pad_token_id, args) for i in range(0, len(pairs), args.batch_size)]
+    chosen, rejected = torch.cat([r[1] for r in results]), torch.cat([r[2] for r in results])
+    scores = torch.cat([chosen, rejected])
+    return mean_over_ranks({
+        "eval_accuracy": (chosen > rejected).float().mean().item(),
+        "eval_score_mean": scores.mean().item(),
+        "eval_score_std": scores.std().item(),
+    })  # fmt: skip
+
+
+def main(args):
+    torch.manual_seed(args.seed)
+
+    # ------------------------------------------------------------------ data
+    need(args.model, "python sft.py")
+    need(args.dataset, "python toy_world.py preferences")
+    tokenizer = load_tokenizer(args.model)
+
+    def load_pairs(dataset: str) -> list[tuple]:
+        rows = load_preferences(dataset, args.skip_bad_rows)
+        texts = [(r["prompt"], r[f"response_{i}"]) for r in rows for i in (r["better_response_id"], 1 - r["better_response_id"])]
+        ids = [ids for ids, _ in encode(tokenizer, texts, args.max_length, args.chat_template)]
+        return list(zip(ids[0::2], ids[1::2]))
+
+    pairs = load_pairs(args.dataset)
+    eval_pairs = load_pairs(args.eval_dataset) if args.eval_dataset else []
+
+    # ------------------------------------------------------------------ model
+    model = load_score_model(args.model, "reward", new_head=True)
+    if args.max_length > context_length(model.config):
+        raise RunError(f"--max-length {args.max_length} exceeds the model's context of {context_length(model.config)} tokens")
+    model = shard(model, args)
+    optimizer = adamw(model, args.lr, args.weight_decay)
+    resumed = load_checkpoint(args, {"model": (model, optimizer)})
+    first_step = resumed["step"] if resumed else 0
+    log = RunLog(args, "reward model", ("loss", "accuracy", "score_mean"), first_step)
+
+    for step in range(first_step, args.steps):
+        # -------------------------------------------------------------- 1 batch
+        batch = deal([pairs[i] for i in batch_indices(len(pairs), args.batch_size, step, args.seed)])
+
+        # -------------------------------------------------------------- 2 gradient
+        metrics = {"loss": 0.0, "accuracy": 0.0, "score_mean": 0.0}
+        for start in range(0, len(batch), args.micro_batch_size):
+            micro = batch[start : start + args.micro_batch_size]
+            weight = len(micro) / len(batch)  # so that micro-batches add up to the batch's mean
+            loss, chosen, rejected = batch_loss(model, micro, tokenizer.pad_token_id, args)
+            check_finite(step, loss=loss, chosen_scores=chosen, rejected_scores=rejected)
+            (weight * loss).backward()
+            metrics["loss"] += weight * loss.item()
+            metrics["accuracy"] += weight * (chosen > rejected).float().mean().item()
+            metrics["score_mean"] += weight * torch.cat([chosen, rejected]).mean().item()
+
+        # -------------------------------------------------------------- 3 update
+        lr = learning_rate(args.lr, step, args.steps, args.warmup_ratio, cosine=True)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = clip_gradients(model, args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # -------------------------------------------------------------- 4 log and save
+        if step == args.steps - 1 and eval_pairs:
+            metrics |= evaluate(model, eval_pairs, tokenizer.pad_token_id, args)
+        log.metrics(step, mean_over_ranks(metrics | {"grad_norm": grad_norm, "lr": lr}))
+        if args.save_every and (step + 1) % args.save_every == 0:
+            save_checkpoint(args, step + 1, {"model": (model, optimizer)}, {})
+
+    log.close()
+    if eval_pairs and rank() == 0 and args.steps > first_step:
+        print(f"held-out pairs ordered rightly: {metrics['eval_accuracy']:.1%} of {len(eval_pairs)}")
+    save_final(args, save_score_model, model, tokenizer)
+
+
+if __name__ == "__main__":
+    run(main, parse_args(), (DataError, ModelError))

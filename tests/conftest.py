@@ -1,0 +1,15 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The suite's tensors are tiny: more threads would only wait for each other."""
+    import torch
+
+    torch.set_num_threads(2)
