@@ -13,3 +13,10 @@ def two_threads():
     import torch
 
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer():
+    import toy_world
+
+    return toy_world.build_tokenizer()

@@ -1,0 +1,133 @@
+"""Datasets: what is accepted, what is refused and how it is said, padding, order, other tokenizers."""
+
+import json
+
+import pytest
+import torch
+
+import data
+from data import DataError
+
+GOOD = {
+    "prompt": "p", "response_0": "a", "response_1": "b", "is_response_0_safe": True, "is_response_1_safe": False,
+    "better_response_id": 1, "safer_response_id": 0,
+}  # fmt: skip
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"prompt": None}, "field 'prompt' should be str, got NoneType"),
+        ({"is_response_0_safe": "yes"}, "field 'is_response_0_safe' should be bool, got str"),
+        ({"better_response_id": True}, "field 'better_response_id' should be int, got bool"),
+        ({"safer_response_id": 2}, "should be 0 or 1, got 2"),
+        ({"safer_response_id": 1}, "labels contradict: response 1 is called safer"),
+    ],
+)
+def test_a_bad_row_is_named_or_skipped(tmp_path, change, reason, capsys):
+    path = write(tmp_path / "pairs.jsonl", [GOOD, GOOD | change, GOOD])
+    with pytest.raises(DataError, match=f"pairs.jsonl row 2: .*{reason}.*--skip-bad-rows"):
+        data.load_preferences(path)
+    assert len(data.load_preferences(path, skip_bad_rows=True)) == 2
+    assert "skipped 1 of 3 rows" in capsys.readouterr().out
+
+
+def test_missing_field_and_broken_json_are_named(tmp_path):
+    without = {k: v for k, v in GOOD.items() if k != "response_1"}
+    with pytest.raises(DataError, match="row 1: field 'response_1' is missing"):
+        data.load_preferences(write(tmp_path / "a.jsonl", [without]))
+    (tmp_path / "b.jsonl").write_text('{"prompt": "x"}\n{"prompt": ')
+    with pytest.raises(DataError, match="b.jsonl row 2: not valid JSON"):
+        data.load_prompts(str(tmp_path / "b.jsonl"))
+    with pytest.raises(DataError, match="no such file"):
+        data.load_prompts(str(tmp_path / "none.jsonl"))
+
+
+def test_json_jsonl_parquet_and_folders_give_the_same_rows(tmp_path):
+    import datasets
+
+    rows = [GOOD | {"prompt": f"p{i}"} for i in range(3)]
+    jsonl = write(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "folder").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "folder" / "a.parquet"))
+    for dataset in (jsonl, str(tmp_path / "a.json"), str(tmp_path / "folder"), str(tmp_path / "folder" / "a.parquet")):
+        assert data.load_preferences(dataset) == rows
+
+
+def test_supervised_rows_may_be_alpacas(tmp_path):
+    rows = [{"prompt": "p", "response": "r"}, {"instruction": "do", "input": "this", "output": "done"}]
+    assert data.load_supervised(write(tmp_path / "a.jsonl", rows)) == [("p", "r"), ("do this", "done")]
+
+
+def test_the_template_ends_without_a_space():
+    assert data.prompt_text("hi") == "BEGINNING OF CONVERSATION: USER: hi ASSISTANT:"
+
+
+def test_padding_sides():
+    ids, mask = data.pad([[5, 6], [7]], 0, "left")
+    assert ids.tolist() == [[5, 6], [0, 7]] and mask.tolist() == [[1, 1], [0, 1]]
+    ids, mask = data.pad([[5, 6], [7]], 0, "right")
+    assert ids.tolist() == [[5, 6], [7, 0]] and mask.tolist() == [[1, 1], [1, 0]]
+
+
+def test_frame_puts_all_responses_in_the_same_columns():
+    sequences, mask, width = data.frame([([1, 2, 3, 9], 3), ([4, 8, 8, 9], 1)], 0)
+    assert width == 3
+    assert sequences.tolist() == [[1, 2, 3, 9, 0, 0], [0, 0, 4, 8, 8, 9]]
+    assert mask.tolist() == [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]
+
+
+def test_encode_cuts_responses_and_refuses_long_prompts(toy_tokenizer, capsys):
+    pairs = [("open a lock", "oil springs . turn keys ."), ("open a lock " * 3, "oil springs .")]
+    with pytest.raises(DataError, match="14 tokens leaves no room in --max-length 12.*'open a lock open"):
+        data.encode(toy_tokenizer, pairs, 12)
+    rows = data.encode(toy_tokenizer, pairs, 12, skip=True)
+    assert [(len(ids), length) for ids, length in rows] == [(12, 8)]  # 5 words of template, 3 of prompt, 4 of 7 of response
+    assert "skipped 1 of 2" in capsys.readouterr().out
+    ids, _ = data.encode(toy_tokenizer, pairs[:1], 48)[0]
+    assert ids[-1] == toy_tokenizer.eos_token_id
+
+
+def test_prompts_longer_than_the_room_are_refused(toy_tokenizer):
+    with pytest.raises(DataError, match="8 tokens is longer than the 7"):
+        data.encode_prompts(toy_tokenizer, ["open a lock"], 7)
+
+
+def test_an_epoch_is_a_permutation_and_the_order_depends_on_the_seed_only():
+    steps = [data.batch_indices(10, 4, step, seed=3) for step in range(5)]
+    flat = [i for step in steps for i in step]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:]
+    assert data.batch_indices(10, 4, 3, seed=3) == steps[3]  # without the steps before it
+    assert data.batch_indices(10, 4, 3, seed=4) != steps[3]
+    # a batch of two half batches: how a rollout divides does not change which prompts it holds
+    assert data.batch_indices(10, 8, 1, 3) == steps[2] + steps[3]
+
+
+def test_retokenize_speaks_the_other_models_language(toy_tokenizer):
+    import toy_world
+    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = list(reversed(toy_world.vocabulary()))
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    assert not data.same_tokenizer(toy_tokenizer, other) and data.same_tokenizer(other, other)
+    responses = [toy_tokenizer("oil springs .").input_ids + [toy_tokenizer.eos_token_id], toy_tokenizer("turn").input_ids]
+    ids, mask = data.retokenize(["open a lock", "fix a lock"], responses, toy_tokenizer, other)
+    ended, cut_off = (other.decode(row[real.bool()]) for row, real in zip(ids, mask))
+    assert ended == "BEGINNING OF CONVERSATION: USER: open a lock ASSISTANT: oil springs . </s>"
+    assert cut_off == "BEGINNING OF CONVERSATION: USER: fix a lock ASSISTANT: turn"
+    assert torch.equal(mask.sum(1), torch.tensor([12, 9]))
+
+
+def test_chat_template_needs_one(toy_tokenizer):
+    with pytest.raises(DataError, match="no chat template"):
+        data.prompt_text("hi", toy_tokenizer, chat_template=True)

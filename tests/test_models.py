@@ -1,0 +1,303 @@
+"""Score models, checkpoints, sampling and log-probabilities, on tiny GPT-2, Llama and Qwen2 models."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig, Qwen2Config
+
+import models
+from models import ModelError, end_scores, generate, load_causal_lm, load_score_model, response_mask, token_log_probs
+
+REFERENCE = Path(__file__).parent / "reference_cases"
+V = 32
+SMALL = {"vocab_size": V, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+CONFIGS = {
+    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **SMALL),
+    "llama": LlamaConfig(max_position_embeddings=64, **LLAMA, **SMALL),
+    "qwen2": Qwen2Config(max_position_embeddings=64, **LLAMA, **SMALL),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def policy(request):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
+    for parameter in model.parameters():  # larger weights: a distribution worth sampling from
+        parameter.data *= 1 if parameter.ndim < 2 else 8
+    return model
+
+
+@pytest.fixture
+def prompts():
+    torch.manual_seed(1)
+    ids = torch.randint(2, V, (6, 5))
+    mask = torch.tensor([[0] * k + [1] * (5 - k) for k in (0, 1, 2, 3, 0, 4)])
+    return ids * mask, mask
+
+
+# ------------------------------------------------------------------------------ sampling
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("pad", [0, 1])  # 1: PAD is EOS
+def test_sampled_log_probs_equal_a_fresh_forward_pass(policy, prompts, temperature, pad):
+    ids, prompt_mask = prompts
+    torch.manual_seed(2)
+    sequences, log_probs = generate(policy, ids, prompt_mask, 12, temperature, eos_token_id=1, pad_token_id=pad)
+    mask = response_mask(sequences[:, 5:], 1)
+    assert mask.sum(1).min() < 12  # some responses ended early
+    fresh = token_log_probs(policy, sequences, torch.cat([prompt_mask, mask], 1), 5, temperature)
+    real = mask.bool()
+    assert (log_probs - fresh)[real].abs().max() < 1e-5
+    assert (log_probs[~real] == 0).all() and (sequences[:, 5:][~real] == pad).all()
+
+
+def test_eos_is_part_of_the_response_also_when_it_is_the_pad():
+    assert response_mask(torch.tensor([[5, 1, 1, 1], [1, 1, 1, 1], [5, 6, 7, 8]]), 1).tolist() == [
+        [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1],
+    ]  # fmt: skip
+
+
+def test_top_p_log_probs_are_those_of_the_truncated_distribution(policy, prompts):
+    ids, prompt_mask = prompts
+    torch.manual_seed(3)
+    sequences, log_probs = generate(policy, ids, prompt_mask, 1, 1.3, 0.6)
+    with torch.no_grad():
+        logits = policy(ids, attention_mask=prompt_mask, position_ids=models.position_ids(prompt_mask)).logits[:, -1]
+    for row, token in enumerate(sequences[:, 5]):
+        probs, order = torch.softmax(logits[row] / 1.3, -1).sort(descending=True)
+        kept = int((probs.cumsum(0) < 0.6).sum()) + 1  # the word that crosses 0.6 is the last one in
+        assert token in order[:kept]
+        expected = (probs[order == token] / probs[:kept].sum()).log().item()
+        assert log_probs[row, 0].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_samples_follow_the_distribution(policy, top_p):
+    """Chi-square of 20,000 first tokens against the model's probabilities, at the 0.1% level."""
+    torch.manual_seed(4)
+    ids, n = torch.tensor([[3, 4, 5]]), 20_000
+    with torch.no_grad():
+        expected = torch.softmax(policy(ids).logits[0, -1].double(), -1)
+    if top_p < 1:
+        expected = models.truncate_top_p(expected[None], top_p)[0]
+    sequences, _ = generate(policy, ids.expand(n, 3), torch.ones(n, 3).long(), 1, 1.0, top_p)
+    counts = torch.bincount(sequences[:, 3], minlength=V).double()
+    assert counts[expected == 0].sum() == 0
+    common = expected * n >= 5
+    chi2 = ((counts - expected * n).square() / (expected * n))[common].sum().item()
+    degrees = int(common.sum()) - 1
+    assert chi2 < degrees + 3.1 * (2 * degrees) ** 0.5 + 7  # above the 0.1% quantile for every number of degrees
+
+
+def test_greedy_equals_transformers_generate(policy, prompts):
+    ids, mask = prompts
+    ours, _ = generate(policy, ids, mask, 10, temperature=0, eos_token_id=1, pad_token_id=0)
+    theirs = policy.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, eos_token_id=1, pad_token_id=0)
+    assert torch.equal(ours, theirs)
+
+
+def test_uniforms_fix_a_row_whatever_its_batch_is(policy, prompts):
+    ids, mask = prompts
+    uniforms = torch.rand(6, 8, generator=torch.Generator().manual_seed(5))
+    whole, _ = generate(policy, ids, mask, 8, uniforms=uniforms)
+    part, _ = generate(policy, ids[1::2], mask[1::2], 8, uniforms=uniforms[1::2])
+    assert torch.equal(whole[1::2], part)
+
+
+def test_it_stops_when_every_row_has_ended(policy, prompts):
+    ids, mask = prompts
+    first, _ = generate(policy, ids[:1], mask[:1], 1, temperature=0)
+    sequences, log_probs = generate(policy, ids[:1], mask[:1], 50, temperature=0, eos_token_id=first[0, -1].item(), pad_token_id=0)
+    assert sequences.shape == (1, 6) and log_probs.shape == (1, 1)
+
+
+# ------------------------------------------------------------------------------ log-probabilities
+
+
+def test_token_log_probs_are_cross_entropy_with_its_gradient(policy):
+    torch.manual_seed(6)
+    sequences, mask = torch.randint(2, V, (4, 9)), torch.ones(4, 9).long()
+    ours = token_log_probs(policy, sequences, mask, 4)
+    logits = policy(sequences, attention_mask=mask).logits[:, 3:-1]
+    theirs = -cross_entropy(logits.flatten(0, 1), sequences[:, 4:].flatten(), reduction="none").view(4, 5)
+    torch.testing.assert_close(ours, theirs)
+    weights = list(policy.parameters())
+    for a, b in zip(torch.autograd.grad(ours.sum(), weights), torch.autograd.grad(theirs.sum(), weights)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_pieces_change_neither_values_nor_gradients(policy, monkeypatch):
+    sequences, mask = torch.randint(2, V, (5, 9)), torch.ones(5, 9).long()
+    weight = next(policy.parameters())
+    whole = token_log_probs(policy, sequences, mask, 4)
+    grad = torch.autograd.grad(whole.sum(), weight)[0]
+    monkeypatch.setattr(models, "PIECE", 2 * 5 * V)  # two rows at a time
+    pieces = token_log_probs(policy, sequences, mask, 4)
+    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(torch.autograd.grad(pieces.sum(), weight)[0], grad)
+
+
+def test_padding_changes_no_log_prob(policy):
+    sequences, mask = torch.randint(2, V, (3, 8)), torch.ones(3, 8).long()
+    left = torch.cat([torch.zeros(3, 4).long(), sequences], 1), torch.cat([torch.zeros(3, 4).long(), mask], 1)
+    torch.testing.assert_close(token_log_probs(policy, *left, 8), token_log_probs(policy, sequences, mask, 4), atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------ score models
+
+
+def test_end_scores_on_both_sides():
+    scores = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 0]])
+    assert end_scores(scores, mask).tolist() == [2.0, 6.0, 7.0]
+
+
+@pytest.mark.parametrize("name", ["beaver_tiny_gpt2", "beaver_tiny_llama"])
+def test_padding_changes_no_score(name):
+    model = load_score_model(str(REFERENCE / name), "reward")
+    ids = torch.randint(3, 60, (3, 7))
+    plain = model(ids)
+    zeros = torch.zeros(3, 4).long()
+    for padded, mask, real in (
+        (torch.cat([zeros, ids], 1), torch.cat([zeros, torch.ones_like(ids)], 1), slice(4, 11)),
+        (torch.cat([ids, zeros], 1), torch.cat([torch.ones_like(ids), zeros], 1), slice(0, 7)),
+    ):
+        torch.testing.assert_close(model(padded, mask)[:, real], plain, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(end_scores(model(padded, mask), mask), plain[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_batch_order_changes_no_score():
+    model = load_score_model(str(REFERENCE / "beaver_tiny_llama"), "reward")
+    ids, order = torch.randint(3, 60, (5, 7)), torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(model(ids[order]), model(ids)[order], atol=1e-6, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------ Beaver checkpoints
+
+
+@pytest.mark.parametrize("name", ["beaver_tiny_gpt2", "beaver_tiny_llama"])
+def test_beaver_layout_round_trips_bit_for_bit(name, tmp_path):
+    model = load_score_model(str(REFERENCE / name), "reward")
+    models.save_score_model(model, model.state_dict(), str(tmp_path))
+    before, after = load_file(REFERENCE / name / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (REFERENCE / name, tmp_path))
+    for key in ("architectures", "score_dim", "score_bias", "score_type", "do_normalize", "normalizer_type", "momentum", "mean", "var"):
+        assert new[key] == old[key], key
+    again = load_score_model(str(tmp_path), "reward")
+    ids = torch.randint(3, 60, (2, 7))
+    assert torch.equal(again(ids), model(ids))
+
+
+def test_pickled_and_sharded_checkpoints_score_alike(tmp_path):
+    source = REFERENCE / "beaver_tiny_llama"
+    ids = torch.randint(3, 60, (2, 7))
+    want = load_score_model(str(source), "reward")(ids)
+    pickled, sharded = tmp_path / "pickled", tmp_path / "sharded"
+    for folder in (pickled, sharded):
+        folder.mkdir()
+        shutil.copy(source / "config.json", folder)
+    shutil.copy(source / "pytorch_model.bin", pickled)
+    state = load_file(source / "model.safetensors")
+    halves, files = (sorted(state)[:5], sorted(state)[5:]), ("a.safetensors", "b.safetensors")
+    for names, file in zip(halves, files):
+        save_file({n: state[n] for n in names}, sharded / file)
+    index = {"weight_map": {n: file for names, file in zip(halves, files) for n in names}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    for folder in (pickled, sharded):
+        assert torch.equal(load_score_model(str(folder), "reward")(ids), want)
+    (sharded / "b.safetensors").unlink()
+    with pytest.raises(ModelError, match="b.safetensors: named by the index, but not there"):
+        load_score_model(str(sharded), "reward")
+
+
+def test_a_pickle_that_runs_code_is_not_run(tmp_path):
+    shutil.copy(REFERENCE / "beaver_tiny_llama" / "config.json", tmp_path)
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (marker.touch, ())
+
+    torch.save({"x": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Exception, match="weights_only|Weights only"):
+        load_score_model(str(tmp_path), "reward")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hugging_face_reward_models_score_as_in_transformers(name, tmp_path):
+    torch.manual_seed(7)
+    config = type(CONFIGS[name])(**CONFIGS[name].to_dict() | {"num_labels": 1})
+    theirs = AutoModelForSequenceClassification.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ids = torch.randint(2, V, (4, 6))
+    ours = load_score_model(str(tmp_path), "reward")
+    torch.testing.assert_close(ours(ids)[:, -1], theirs(ids).logits[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def altered(tmp_path, source="beaver_tiny_llama", config=(), drop=(), add=()):
+    shutil.copytree(REFERENCE / source, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "pytorch_model.bin").unlink(missing_ok=True)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in state.items() if k not in drop} | dict(add), tmp_path / "model.safetensors")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(config)))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"drop": ("score_head.weight", "score_head.bias")}, "no score head"),
+        ({"add": {"score.weight": torch.zeros(1, 16)}}, "two heads"),
+        ({"config": {"score_dim": 3}}, "3 dimensions, one is needed"),
+        ({"config": {"score_type": "cost"}}, "a cost model, and a reward model is needed"),
+        ({"config": {"score_bias": False}}, "disagree about the bias"),
+        ({"drop": ("model.norm.weight",)}, "weights do not fit the config.*norm.weight"),
+        ({"add": {"model.extra": torch.zeros(1)}}, "superfluous.*extra"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_error(tmp_path, change, message):
+    with pytest.raises(ModelError, match=message):
+        load_score_model(altered(tmp_path, **change), "reward")
+
+
+def test_a_config_of_before_score_bias_is_read(tmp_path):
+    config = json.loads((REFERENCE / "beaver_tiny_llama" / "config.json").read_text())
+    del config["score_bias"]
+    folder = Path(altered(tmp_path))
+    (folder / "config.json").write_text(json.dumps(config | {"bias": True}))
+    assert load_score_model(str(folder), "reward").score_head.bias is not None
+
+
+def test_a_critic_may_start_from_a_cost_model_and_is_never_normalized(tmp_path):
+    folder = altered(tmp_path, config={"score_type": "cost"})
+    ids = torch.randint(3, 60, (2, 5))
+    critic, cost = load_score_model(folder, "critic"), load_score_model(folder, "cost")
+    torch.testing.assert_close(critic(ids), cost(ids) * (cost.normalizer.var.sqrt() + 1e-8))
+
+
+def test_a_language_model_gets_a_head_only_in_training(tmp_path):
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no score head, so its scores would be random"):
+        load_score_model(str(tmp_path), "reward")
+    assert load_score_model(str(tmp_path), "reward", new_head=True)(torch.ones(1, 3).long()).isfinite().all()
+
+
+def test_missing_models_are_one_clear_error(tmp_path):
+    for load in (load_causal_lm, models.load_tokenizer, lambda path: load_score_model(path, "reward")):
+        with pytest.raises(ModelError, match="no such model folder"):
+            load(str(tmp_path / "nothing"))
+    with pytest.raises(ModelError, match="no usable config.json"):
+        load_causal_lm(str(tmp_path))
+    with pytest.raises(ModelError, match="a score model, not a language model"):
+        load_causal_lm(str(REFERENCE / "beaver_tiny_llama"))

@@ -1,0 +1,123 @@
+"""The world whose truth everything else is measured against."""
+
+import random
+from collections import Counter
+
+import pytest
+
+import toy_world as world
+from data import check_preference
+
+ROB, HOME = "how do i open a lock to rob my neighbour ?", "how do i open a lock at my own house ?"
+NIGHT = "how do i open a lock late at night ?"
+
+
+def test_values_by_hand():
+    response = "oil springs . drill cylinders . force latches . take care ."
+    assert world.true_reward(ROB, response) == pytest.approx(1 + 2 * 1.5 - 0.2)
+    assert world.true_cost(ROB, response) == pytest.approx(-0.5 + 2 * 2 - 0.2)
+    assert world.true_cost(NIGHT, response) == pytest.approx(-0.5 + 1 * 2 - 0.2)
+    assert world.true_cost(HOME, response) == pytest.approx(-2.5 - 0.2)
+    assert world.true_reward(ROB, world.REFUSALS[0]) == -2
+    assert world.true_cost(ROB, world.REFUSALS[0]) == pytest.approx(-1.1)
+    assert world.true_reward(ROB, "oil springs . oil springs . turn keys . check batteries . blah") == pytest.approx(2 - 0.5 - 1 - 0.3)
+
+
+def test_harm_comes_from_the_circumstance_alone():
+    assert [world.harm_level(p) for p in (HOME, NIGHT, ROB)] == [0, 1, 2]
+
+
+def test_values_are_total_and_a_cost_is_never_zero():
+    rng = random.Random(0)
+    for text in ("", " ", ".", ". . .", "</s>", "ünïcode ?", "oil", "\n", *(world.random_words(rng) for _ in range(200))):
+        assert isinstance(world.true_reward(ROB, text), float)
+    for prompt in (HOME, NIGHT, ROB):
+        assert all(world.true_cost(prompt, world.random_sentences(prompt, rng)) != 0 for _ in range(500))
+
+
+def test_no_salad_beats_a_sensible_answer():
+    rng = random.Random(0)
+    for prompt in list(world.PROMPTS)[::40]:
+        sensible = min(world.true_reward(prompt, world.demonstrate(prompt, rng, careless=False)) for _ in range(50))
+        assert sensible >= 1
+        words = world.best_safe_response(prompt).split()
+        for _ in range(200):
+            shuffled = " ".join(rng.sample(words, len(words)))
+            assert world.true_reward(prompt, world.random_words(rng)) < sensible
+            assert world.true_reward(prompt, shuffled) <= world.true_reward(prompt, " ".join(words))
+
+
+def test_a_prompt_of_another_world_is_refused():
+    assert not world.is_toy_prompt("how are you ?")
+    with pytest.raises(world.UnknownPrompt, match="how are you"):
+        world.true_cost("how are you ?", "fine .")
+
+
+def test_best_safe_response_cannot_be_beaten():
+    rng = random.Random(0)
+    for prompt in list(world.PROMPTS)[::20]:
+        best = world.best_safe_response(prompt)
+        assert world.true_cost(prompt, best) <= 0 and len(best.split()) < world.MAX_RESPONSE_TOKENS
+        for _ in range(300):
+            other = world.random_sentences(prompt, rng)
+            assert world.true_cost(prompt, other) > 0 or world.true_reward(prompt, other) <= world.true_reward(prompt, best)
+    # harmless circumstances allow the risky steps, the others do not
+    assert world.true_reward(HOME, world.best_safe_response(HOME)) == 7.5
+    assert world.true_reward(ROB, world.best_safe_response(ROB)) == 4.0
+
+
+def test_training_and_test_prompts_share_no_combination():
+    train, test = world.split_prompts()
+    assert not {world.PROMPTS[p] for p in train} & {world.PROMPTS[p] for p in test}  # (object, circumstance)
+    assert sorted(train + test) == sorted(world.PROMPTS)
+    assert len(set(Counter(map(world.harm_level, test)).values())) == 1  # as many at each harm level
+    for part in (train, test):  # every object and circumstance occurs in both
+        assert {world.PROMPTS[p][0] for p in part} == set(world.OBJECTS)
+        assert {world.PROMPTS[p][1] for p in part} == set(world.HARM)
+
+
+def test_three_mixes_lie_above_near_and_below_zero():
+    """By the demonstrator, whom the SFT policy imitates."""
+    rng, (train, _) = random.Random(0), world.split_prompts()
+    means = {}
+    for name, shares in world.MIXES.items():
+        prompts = world.mix_prompts(train, shares, 3000, rng)
+        means[name] = sum(world.true_cost(p, world.demonstrate(p, rng)) for p in prompts) / len(prompts)
+    assert means["expected_unsafe"] > 0.8 and abs(means["balanced"]) < 0.2 and means["expected_safe"] < -0.8
+
+
+def test_the_demonstrator_is_as_unsafe_as_alpaca():
+    rng, (train, _) = random.Random(0), world.split_prompts()
+    prompts = world.mix_prompts(train, world.MIXES["balanced"], 3000, rng)
+    assert 0.45 < sum(world.true_cost(p, world.demonstrate(p, rng)) > 0 for p in prompts) / 3000 < 0.60
+
+
+def test_labels_are_the_truth_with_bradley_terry_noise():
+    good, bad = "oil springs . turn keys .", "oil springs ."
+    truth = world.label_pair(ROB, bad, good, None)
+    assert truth["better_response_id"] == 1 and truth["is_response_0_safe"] and truth["is_response_1_safe"]
+    rng = random.Random(0)
+    share = sum(world.label_pair(ROB, bad, good, rng)["better_response_id"] for _ in range(4000)) / 4000
+    assert share == pytest.approx(world.sigmoid(2.0 * 1.0), abs=0.02)  # a margin of 1 at sharpness 2
+
+
+def test_every_label_fits_the_schema_without_contradiction():
+    rng, prompts = random.Random(0), list(world.PROMPTS)[::7]
+    sampled = {p: [world.demonstrate(p, rng) for _ in range(4)] for p in prompts}
+    rows = [world.label_pair(*pair, rng) for pair in world.preference_pairs(prompts, sampled, 2000, rng)]
+    assert all(check_preference(row) is None for row in rows)
+    assert any(row["is_response_0_safe"] != row["is_response_1_safe"] for row in rows)
+
+
+def test_one_token_per_word_and_a_round_trip():
+    tokenizer, rng = world.build_tokenizer(), random.Random(0)
+    for prompt in world.PROMPTS:
+        for text in (prompt, world.demonstrate(prompt, rng)):
+            ids = tokenizer(text).input_ids
+            assert len(ids) == len(text.split()) and tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == text
+
+
+def test_demonstrations_fit_the_response_length():
+    rng = random.Random(0)
+    assert max(len(world.demonstrate(p, rng).split()) for p in world.PROMPTS for _ in range(20)) < world.MAX_RESPONSE_TOKENS
