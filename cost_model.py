@@ -46,7 +46,7 @@ def parse_args():
     flag("--steps", type=int, default=600, help="optimizer steps")
     flag("--batch-size", type=int, default=64, help="pairs per step, over all ranks")
     flag("--micro-batch-size", type=int, default=64, help="pairs per forward pass and rank")
-    flag("--lr", type=float, default=3e-3, help="peak learning rate, cosine to zero")
+    flag("--lr", type=float, default=1.5e-3, help="peak learning rate, cosine to zero")
     flag("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
     flag("--warmup-ratio", type=float, default=0.03, help="share of steps with a rising learning rate")
     flag("--grad-clip", type=float, default=1.0, help="largest gradient norm")
