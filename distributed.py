@@ -15,12 +15,16 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves without a group, as meant
 
 
 class RunError(RuntimeError):
@@ -93,9 +97,11 @@ def run(main, args, bad_input: tuple = ()) -> None:
         check_flags(args)
         main(args)
     except (RunError, *bad_input) as error:
+        RunLog.close()  # else the bar would be drawn once more, below the message
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        RunLog.close()
         print("interrupted; go on from the last checkpoint, if any, with --resume", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
@@ -297,6 +303,8 @@ def load_checkpoint(args, trained: dict) -> dict | None:
 class RunLog:
     """args.json, metrics.jsonl and samples.jsonl of a run, written by rank 0, and its progress bar."""
 
+    open_bar = None
+
     def __init__(self, args, name: str, shown: tuple[str, ...], first_step: int = 0):
         self.folder, self.shown, self.main = args.output_dir, shown, rank() == 0
         if self.main:
@@ -309,6 +317,7 @@ class RunLog:
             except OSError as error:
                 raise RunError(f"cannot write to --output-dir {self.folder} ({error.strerror})") from None
         self.bar = tqdm(total=args.steps, initial=first_step, desc=name, disable=not self.main, dynamic_ncols=True, smoothing=0.05)
+        RunLog.open_bar = self.bar
 
     @staticmethod
     def _cut(path: str, first_step: int) -> None:
@@ -342,8 +351,10 @@ class RunLog:
         except OSError as error:
             raise RunError(f"cannot write {name} in {self.folder} ({error.strerror})") from None
 
-    def close(self) -> None:
-        self.bar.close()
+    @staticmethod
+    def close() -> None:
+        if RunLog.open_bar is not None:
+            RunLog.open_bar.close()
 
 
 def save_final(args, save, model: nn.Module, tokenizer) -> None:

@@ -13,7 +13,7 @@ and cost are added, so that "safe" is checked and not only estimated.
     python evaluate.py --policies alpaca=PKU-Alignment/alpaca-7b-reproduced repo=runs/repo_7b/model \\
         --reward-model PKU-Alignment/beaver-7b-v1.0-reward --cost-model PKU-Alignment/beaver-7b-v1.0-cost --prompts ...
 
-Writes <output-dir>/responses.jsonl (a line per policy, prompt and sample) and summary.json.
+Writes <output-dir>/responses.jsonl (a line per policy, prompt and sample), summary.json and table.txt.
 Left out: judges other than the two models and the truth.
 """
 
@@ -62,7 +62,8 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     """95% interval of a proportion (Wilson 1927). Unlike mean +- z se it does not collapse at 0 and 1."""
     p, n = successes / trials, trials
     center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (center - half) / (1 + z * z / n)), min(1.0, (center + half) / (1 + z * z / n))
+    low, high = (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
+    return min(p, max(0.0, low)), max(p, min(1.0, high))  # at p = 0 and 1 rounding could put p outside
 
 
 def mean(values) -> float:
@@ -225,6 +226,8 @@ def main(args):
         toy_world.write_jsonl(os.path.join(args.output_dir, "responses.jsonl"), lines)
         with open(os.path.join(args.output_dir, "summary.json"), "w") as file:
             json.dump({"policies": summaries, "prompts": len(prompts), "args": vars(args)}, file, indent=2)
+        with open(os.path.join(args.output_dir, "table.txt"), "w") as file:
+            file.write(table(summaries) + "\n")
     except OSError as error:
         raise RunError(f"cannot write to --output-dir {args.output_dir} ({error.strerror})") from None
     print(table(summaries))

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+logging.disable_progress_bar()  # the bars of the scripts say what is going on; one per file loaded would hide them
+
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "dropout")
 
 

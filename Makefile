@@ -1,0 +1,63 @@
+# make demo   the whole toy pipeline, on a CPU, ends in figures (SEED=1 DEMO=runs/seed1 for another run)
+# make test   the test suite
+# Both create .venv and install the pinned requirements into it, if it is not there.
+
+PYTHON ?= python3
+SEED   ?= 0
+DEMO   ?= runs/demo
+
+PY   := .venv/bin/python
+DATA := $(DEMO)/data
+POLICIES := sft=$(DEMO)/sft/model safe_rlhf=$(DEMO)/safe_rlhf/model repo=$(DEMO)/repo/model
+SCORES   := --reward-model $(DEMO)/reward_model/model --cost-model $(DEMO)/cost_model/model
+PPO      := --model $(DEMO)/sft/model $(SCORES) --dataset $(DATA)/prompts_balanced_train.jsonl --ptx-dataset $(DATA)/ptx.jsonl
+# The models are so small that one process cannot use two cores: two stages run side by side instead, one core each.
+# TQDM_POSITION puts the second one's progress bar below the first one's.
+LEFT  := OMP_NUM_THREADS=1 $(PY)
+RIGHT := OMP_NUM_THREADS=1 TQDM_POSITION=1 $(PY)
+
+.PHONY: demo test
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	@$(MAKE) --no-print-directory -j2 $(DEMO)/figures/compensation.png
+	@cat $(DEMO)/evaluation/table.txt
+	@ls $(DEMO)/figures/*.png
+
+test: .venv/installed
+	$(PY) -m pytest -q tests
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(DATA)/sft.jsonl: | .venv/installed
+	$(PY) toy_world.py world --output-dir $(DATA) --seed $(SEED)
+
+$(DEMO)/sft/model/config.json: $(DATA)/sft.jsonl
+	$(PY) sft.py --model $(DATA)/tiny_gpt2 --from-config --dataset $< --output-dir $(DEMO)/sft --seed $(SEED)
+
+$(DATA)/preferences_train.jsonl: $(DEMO)/sft/model/config.json
+	$(PY) toy_world.py preferences --policy $(DEMO)/sft/model --output-dir $(DATA) --seed $(SEED)
+
+$(DEMO)/reward_model/model/config.json: $(DATA)/preferences_train.jsonl
+	$(LEFT) reward_model.py --model $(DEMO)/sft/model --dataset $< --eval-dataset $(DATA)/preferences_test_reward.jsonl \
+		--output-dir $(DEMO)/reward_model --seed $(SEED)
+
+$(DEMO)/cost_model/model/config.json: $(DATA)/preferences_train.jsonl
+	$(RIGHT) cost_model.py --model $(DEMO)/sft/model --dataset $< --eval-dataset $(DATA)/preferences_test_cost.jsonl \
+		--output-dir $(DEMO)/cost_model --seed $(SEED)
+
+$(DEMO)/safe_rlhf/model/config.json: $(DEMO)/reward_model/model/config.json $(DEMO)/cost_model/model/config.json
+	$(LEFT) safe_rlhf_ppo.py $(PPO) --output-dir $(DEMO)/safe_rlhf --seed $(SEED)
+
+$(DEMO)/repo/model/config.json: $(DEMO)/reward_model/model/config.json $(DEMO)/cost_model/model/config.json
+	$(RIGHT) repo_ppo.py $(PPO) --output-dir $(DEMO)/repo --seed $(SEED)
+
+$(DEMO)/evaluation/summary.json: $(DEMO)/safe_rlhf/model/config.json $(DEMO)/repo/model/config.json
+	$(PY) evaluate.py --policies $(POLICIES) $(SCORES) --prompts $(DATA)/prompts_balanced_test.jsonl \
+		--output-dir $(DEMO)/evaluation --seed $(SEED) > /dev/null
+
+$(DEMO)/figures/compensation.png: $(DEMO)/evaluation/summary.json
+	$(PY) plots.py --evaluation $(DEMO)/evaluation --runs safe_rlhf=$(DEMO)/safe_rlhf repo=$(DEMO)/repo --output-dir $(DEMO)/figures > /dev/null
