@@ -59,14 +59,14 @@ def parse_args():
     flag("--max-new-tokens", type=int, default=20, help="longest response in tokens")
     flag("--temperature", type=float, default=1.0, help="sampling temperature, also of the log-probabilities")
     # batches
-    flag("--steps", type=int, default=250, help="rollouts")
+    flag("--steps", type=int, default=230, help="rollouts")
     flag("--batch-size", type=int, default=128, help="samples per rollout, over all ranks")
     flag("--minibatch-size", type=int, default=64, help="samples per optimizer step, over all ranks")
     flag("--micro-batch-size", type=int, default=128, help="samples per forward pass and rank")
     flag("--ppo-epochs", type=int, default=1, help="passes over a rollout")
     # PPO
-    flag("--lr", type=float, default=3e-4, help="policy learning rate, cosine to zero")
-    flag("--critic-lr", type=float, default=1e-3, help="learning rate of both critics, constant")
+    flag("--lr", type=float, default=4e-3, help="policy learning rate, cosine to zero")
+    flag("--critic-lr", type=float, default=4e-3, help="learning rate of both critics, constant")
     flag("--warmup-ratio", type=float, default=0.03, help="share of steps with a rising learning rate")
     flag("--weight-decay", type=float, default=0.01, help="decoupled weight decay of the policy; the critics have none")
     flag("--grad-clip", type=float, default=1.0, help="largest gradient norm")
