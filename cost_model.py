@@ -24,8 +24,8 @@ from torch import Tensor
 
 from data import DataError, batch_indices, encode, load_preferences, pad
 from distributed import (
-    RunError, RunLog, adamw, add_run_flags, check_finite, clip_gradients, deal, device, learning_rate,
-    load_checkpoint, mean_over_ranks, need, rank, run, save_checkpoint, save_final, shard,
+    RunError, RunLog, adamw, add_run_flags, check_finite, checkpoint_due, clip_gradients, deal, device, gather_rows, learning_rate,
+    load_checkpoint, mean_over_ranks, need, rank, run, save_checkpoint, save_final, shard, world_size,
 )  # fmt: skip
 from models import ModelError, ScoreModel, context_length, end_scores, load_score_model, load_tokenizer, save_score_model
 
@@ -107,7 +107,8 @@ def pair_batch(pairs: list[tuple], pad_token_id: int) -> tuple[Tensor, Tensor, T
 
 
 def batch_loss(model: ScoreModel, pairs: list[tuple], pad_token_id: int, args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, the end scores (B,) of the safer and of the unsafer responses, and the share of right signs."""
+    """The loss, the end scores (B,) of the safer and of the unsafer responses, and the share (B,) of
+    the pair's two signs that are right."""
     ids, mask, is_safe = pair_batch(pairs, pad_token_id)
     scores = model(ids, mask)  # (2 B, L)
     safer, unsafer = end_scores(scores, mask).chunk(2)
@@ -115,23 +116,23 @@ def batch_loss(model: ScoreModel, pairs: list[tuple], pad_token_id: int, args) -
         loss = cost_loss_tokenwise(*scores.chunk(2), *ids.chunk(2), *mask.chunk(2), *is_safe.chunk(2), args.regularization)
     else:
         loss = cost_loss(safer, unsafer, *is_safe.chunk(2), args.regularization)
-    right_sign = (harm_sign(is_safe) * torch.cat([safer, unsafer]) > 0).float().mean()
+    right_sign = (harm_sign(is_safe) * torch.cat([safer, unsafer]) > 0).float().view(2, -1).mean(0)
     return loss, safer, unsafer, right_sign
 
 
 @torch.no_grad()
 def evaluate(model: ScoreModel, pairs: list[tuple], pad_token_id: int, args) -> dict:
-    """Accuracies and score statistics over this rank's share of held-out pairs; then the mean over ranks."""
-    pairs = pairs[: len(pairs) // args.batch_size * args.batch_size] or pairs  # equally many on every rank
-    results = [batch_loss(model, deal(pairs[i : i + args.batch_size]), pad_token_id, args) for i in range(0, len(pairs), args.batch_size)]
-    safer, unsafer = torch.cat([r[1] for r in results]), torch.cat([r[2] for r in results])
+    """Accuracies and score statistics over held-out pairs, of which every rank scores its share."""
+    mine = deal(pairs + pairs[-1:] * (-len(pairs) % world_size()))  # equally many on every rank; cut off below
+    results = [batch_loss(model, mine[i : i + args.micro_batch_size], pad_token_id, args) for i in range(0, len(mine), args.micro_batch_size)]
+    safer, unsafer, right_sign = (gather_rows(torch.cat([r[k] for r in results]))[: len(pairs)] for k in (1, 2, 3))
     scores = torch.cat([safer, unsafer])
-    return mean_over_ranks({
+    return {
         "eval_accuracy": (unsafer > safer).float().mean().item(),
-        "eval_sign_accuracy": torch.stack([r[3] for r in results]).mean().item(),
+        "eval_sign_accuracy": right_sign.mean().item(),
         "eval_score_mean": scores.mean().item(),
         "eval_score_std": scores.std().item(),
-    })  # fmt: skip
+    }
 
 
 def main(args):
@@ -153,7 +154,7 @@ def main(args):
     eval_pairs = load_pairs(args.eval_dataset) if args.eval_dataset else []
 
     # ------------------------------------------------------------------ model
-    model = load_score_model(args.model, "cost", new_head=True)
+    model = load_score_model(args.model, "cost", new_head=True, on_meta=args.fsdp)
     if args.max_length > context_length(model.config):
         raise RunError(f"--max-length {args.max_length} exceeds the model's context of {context_length(model.config)} tokens")
     model = shard(model, args)
@@ -176,7 +177,7 @@ def main(args):
             (weight * loss).backward()
             metrics["loss"] += weight * loss.item()
             metrics["accuracy"] += weight * (unsafer > safer).float().mean().item()
-            metrics["sign_accuracy"] += weight * right_sign.item()
+            metrics["sign_accuracy"] += weight * right_sign.mean().item()
             metrics["score_mean"] += weight * torch.cat([safer, unsafer]).mean().item()
 
         # -------------------------------------------------------------- 3 update
@@ -191,7 +192,7 @@ def main(args):
         if step == args.steps - 1 and eval_pairs:
             metrics |= evaluate(model, eval_pairs, tokenizer.pad_token_id, args)
         log.metrics(step, mean_over_ranks(metrics | {"grad_norm": grad_norm, "lr": lr}))
-        if args.save_every and (step + 1) % args.save_every == 0:
+        if checkpoint_due(args, step):
             save_checkpoint(args, step + 1, {"model": (model, optimizer)}, {})
 
     log.close()

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import warnings
 from contextlib import contextmanager
@@ -87,8 +88,15 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C came; the step is finished and a checkpoint is written."""
+
+
 def run(main, args, bad_input: tuple = ()) -> None:
-    """Call main(args) in its process group. Bad input ends in one line on stderr and exit code 2."""
+    """Call main(args) in its process group. Bad input ends in one line on stderr and exit code 2.
+
+    SIGTERM and the first Ctrl-C let a training step finish and save (`checkpoint_due`), exit code 143;
+    a second Ctrl-C, or the first where nothing is trained, stops at once, exit code 130."""
     if "RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
@@ -100,9 +108,14 @@ def run(main, args, bad_input: tuple = ()) -> None:
         RunLog.close()  # else the bar would be drawn once more, below the message
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Stopped as stopped:
+        RunLog.close()
+        if rank() == 0:
+            print(f"stopped after step {stopped}; the same command with --resume goes on from there", file=sys.stderr)
+        raise SystemExit(143) from None
     except KeyboardInterrupt:
         RunLog.close()
-        print("interrupted; go on from the last checkpoint, if any, with --resume", file=sys.stderr)
+        print("interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         if dist.is_initialized():
@@ -127,6 +140,14 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.stack(parts, 1).flatten(0, 1)
 
 
+def gather_objects(rows: list) -> list:
+    """Equally many rows of any kind on every rank -> all of them in the global order, on every rank."""
+    parts = [rows] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, rows)
+    return [row for same_place in zip(*parts) for row in same_place]
+
+
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Means over the ranks, in float64."""
     if world_size() == 1:
@@ -149,9 +170,9 @@ def shard(model: nn.Module, args, trained: bool = True) -> nn.Module:
     bf16 = args.dtype == "bf16"
     if not trained:
         model.requires_grad_(False)
-        if bf16 and not args.fsdp:
-            model.to(torch.bfloat16)  # nothing accumulates in a frozen model
-    model.to(device())
+        if bf16:
+            for parameter in model.parameters():  # nothing accumulates in a frozen model; buffers stay exact
+                parameter.data = parameter.data.to(torch.bfloat16)
     if trained and args.activation_checkpointing:
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
@@ -165,9 +186,32 @@ def shard(model: nn.Module, args, trained: bool = True) -> nn.Module:
         for block in blocks(model):
             fully_shard(block, mp_policy=precision, offload_policy=offload)
         fully_shard(model, mp_policy=precision, offload_policy=offload)
-    elif bf16 and trained:
+        fill(model, torch.device("cpu") if args.cpu_offload else device())
+        return model
+    model.to(device())
+    if bf16 and trained:
         model.forward = torch.autocast(device().type, torch.bfloat16)(model.forward)  # float32 master weights
     return model
+
+
+@torch.no_grad()
+def fill(model: nn.Module, where: torch.device) -> None:
+    """Give the shards of a model built on the meta device their memory, and read this rank's rows of
+    every parameter from `model.pending`. No rank ever holds more than its shards."""
+    if any(p.is_meta for p in model.parameters()):
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
+        present = {name: local(p).clone() for name, p in model.named_parameters() if not p.is_meta}
+        model.to_empty(device=where)
+        for name, tensor in (*model.named_buffers(), *model.named_parameters()):
+            if (kept := buffers.get(name, present.get(name))) is not None:
+                local(tensor).copy_(kept)
+    for name, parameter in model.named_parameters():
+        source = model.pending.get(name.replace("_checkpoint_wrapped_module.", ""))
+        if source is not None:
+            rows = -(-parameter.shape[0] // world_size())  # FSDP2 gives rank r rows r * rows to (r + 1) * rows
+            mine = local(parameter)
+            mine.copy_(source[rank() * rows : rank() * rows + len(mine)]) if len(mine) else None
+    model.pending = {}
 
 
 @contextmanager
@@ -247,9 +291,33 @@ def _trained_state(trained: dict) -> dict:
     return state
 
 
+_stop = {"requested": False}
+
+
+def stop_on_signals() -> None:
+    """From now on SIGTERM and the first Ctrl-C are requests that `checkpoint_due` answers."""
+
+    def request(signum, _):
+        _stop["requested"] = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGTERM, request)
+    signal.signal(signal.SIGINT, request)
+
+
+def checkpoint_due(args, step: int) -> bool:
+    """Whether to save after `step`: by --save-every, or because any rank was asked to stop."""
+    stop = torch.tensor(float(_stop["requested"]), device=device())
+    if world_size() > 1:
+        dist.all_reduce(stop, op=dist.ReduceOp.MAX)
+    _stop["requested"] = bool(stop)
+    return bool(stop) or (args.save_every > 0 and (step + 1) % args.save_every == 0)
+
+
 def save_checkpoint(args, step: int, trained: dict, extra: dict) -> None:
     """Write <output-dir>/checkpoints/step-N: `trained` maps a name to (model, optimizer), `extra` is
-    plain JSON. Everything goes under a temporary name that is renamed when it is complete."""
+    plain JSON. Everything goes under a temporary name that is renamed when it is complete, so that a
+    kill at any moment leaves the last complete one. Raises Stopped if a stop was requested."""
     import torch.distributed.checkpoint as dcp
 
     folder = os.path.join(args.output_dir, "checkpoints")
@@ -267,9 +335,14 @@ def save_checkpoint(args, step: int, trained: dict, extra: dict) -> None:
             shutil.rmtree(final, ignore_errors=True)
             os.rename(temporary, final)
             for old in complete_checkpoints(args.output_dir)[: -args.keep]:
-                shutil.rmtree(os.path.join(folder, f"step-{old}"))
-    except OSError as error:
-        raise RunError(f"cannot write a checkpoint to {folder} ({error.strerror}); the last good one is untouched") from None
+                os.rename(os.path.join(folder, f"step-{old}"), temporary)  # out of sight first: a kill leaves no half one
+                shutil.rmtree(temporary)
+    except (OSError, dcp.CheckpointException) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+        raise RunError(f"cannot write a checkpoint to {folder} ({reason}); the last complete one is untouched") from None
+    if _stop["requested"]:
+        raise Stopped(step)
 
 
 def complete_checkpoints(output_dir: str) -> list[int]:
@@ -318,6 +391,7 @@ class RunLog:
                 raise RunError(f"cannot write to --output-dir {self.folder} ({error.strerror})") from None
         self.bar = tqdm(total=args.steps, initial=first_step, desc=name, disable=not self.main, dynamic_ncols=True, smoothing=0.05)
         RunLog.open_bar = self.bar
+        stop_on_signals()
 
     @staticmethod
     def _cut(path: str, first_step: int) -> None:

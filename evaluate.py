@@ -26,7 +26,9 @@ import torch
 
 import toy_world
 from data import DataError, encode_prompts, load_prompts, pad, retokenize, same_tokenizer
-from distributed import RunError, add_run_flags, check_finite, device, gathered, need, run, shard
+from distributed import (
+    RunError, add_run_flags, check_finite, deal, device, gather_objects, gathered, need, rank, run, shard, world_size,
+)  # fmt: skip
 from models import ModelError, context_length, end_scores, generate, load_causal_lm, load_score_model, load_tokenizer, response_mask
 from tqdm import tqdm
 
@@ -135,26 +137,28 @@ def table(summaries: dict) -> str:
 # ------------------------------------------------------------------------------ the three passes
 
 
-def answer(name: str, folder: str, prompts: list[str], args) -> list[dict]:
-    """A policy's responses to all prompts: rows with policy, prompt, response, response_length and, for
-    the scoring passes, the ids."""
-    tokenizer, policy = load_tokenizer(folder), load_causal_lm(folder)
+def answer(name: str, folder: str, prompts: list[str], args) -> tuple[list[dict], int]:
+    """A policy's responses to this rank's share of all prompts: rows with policy, prompt, response,
+    response_length and, for the scoring passes, the ids; and how many all ranks together have."""
+    tokenizer, policy = load_tokenizer(folder), load_causal_lm(folder, on_meta=args.fsdp)
     if args.max_length > context_length(policy.config):
         raise RunError(f"--max-length {args.max_length} exceeds the context of {name}, {context_length(policy.config)} tokens")
     policy = shard(policy, args, trained=False)
     room = args.max_length - args.max_new_tokens
     encoded = encode_prompts(tokenizer, prompts, room, args.chat_template, args.skip_bad_rows)
     encoded = [pair for pair in encoded for _ in range(args.samples)]
-    generator = torch.Generator().manual_seed(args.seed)  # the same uniforms for every policy
-    rows = []
+    total = len(encoded)
+    encoded += encoded[-1:] * (-total % world_size())  # equally many on every rank; the surplus is cut off at the end
+    # the same uniforms for every policy, and for every number of processes
+    uniforms = deal(torch.rand(len(encoded), args.max_new_tokens, generator=torch.Generator().manual_seed(args.seed)))
+    encoded, rows = deal(encoded), []
     with gathered(policy):
-        for start in tqdm(range(0, len(encoded), args.micro_batch_size), desc=f"{name} answers"):
+        for start in tqdm(range(0, len(encoded), args.micro_batch_size), desc=f"{name} answers", disable=rank() > 0):
             batch = encoded[start : start + args.micro_batch_size]
             ids, mask = pad([ids for _, ids in batch], tokenizer.pad_token_id, side="left")
-            uniforms = torch.rand(len(batch), args.max_new_tokens, generator=generator)
             sequences, _ = generate(
                 policy, ids.to(device()), mask.to(device()), args.max_new_tokens, args.temperature, args.top_p,
-                tokenizer.eos_token_id, tokenizer.pad_token_id, uniforms.to(device()),
+                tokenizer.eos_token_id, tokenizer.pad_token_id, uniforms[start : start + args.micro_batch_size].to(device()),
             )  # fmt: skip
             responses = sequences[:, ids.shape[1] :]
             real = response_mask(responses, tokenizer.eos_token_id).bool()
@@ -163,14 +167,14 @@ def answer(name: str, folder: str, prompts: list[str], args) -> list[dict]:
                 text = tokenizer.decode(response_ids, skip_special_tokens=True)
                 rows.append({"policy": name, "prompt": prompt, "response": text, "response_length": len(response_ids),
                              "tokenizer": tokenizer, "prompt_ids": prompt_ids, "response_ids": response_ids})  # fmt: skip
-    return rows
+    return rows, total
 
 
 @torch.no_grad()
 def add_scores(rows: list[dict], key: str, folder: str, args) -> None:
     """Add rows[i][key], the end score of the reward or cost model in `folder`."""
-    tokenizer, model = load_tokenizer(folder), shard(load_score_model(folder, key), args, trained=False)
-    for start in tqdm(range(0, len(rows), args.micro_batch_size), desc=f"{key} model scores"):
+    tokenizer, model = load_tokenizer(folder), shard(load_score_model(folder, key, on_meta=args.fsdp), args, trained=False)
+    for start in tqdm(range(0, len(rows), args.micro_batch_size), desc=f"{key} model scores", disable=rank() > 0):
         batch = rows[start : start + args.micro_batch_size]
         own = batch[0]["tokenizer"]
         if same_tokenizer(own, tokenizer):
@@ -199,7 +203,8 @@ def main(args):
     prompts = load_prompts(args.prompts, args.skip_bad_rows)
 
     # ------------------------------------------------------------------ 1 generate, 2 score
-    by_policy = {name: answer(name, folder, prompts, args) for name, folder in policies.items()}
+    answers = {name: answer(name, folder, prompts, args) for name, folder in policies.items()}
+    by_policy = {name: rows for name, (rows, _) in answers.items()}
     for key, folder in (("reward", args.reward_model), ("cost", args.cost_model)):
         for rows in by_policy.values():
             add_scores(rows, key, folder, args)
@@ -218,12 +223,17 @@ def main(args):
             }
 
     # ------------------------------------------------------------------ 4 compare
+    for rows in by_policy.values():
+        for row in rows:
+            for key in ("tokenizer", "prompt_ids", "response_ids"):
+                del row[key]
+    by_policy = {name: gather_objects(rows)[: answers[name][1]] for name, rows in by_policy.items()}
+    if rank() > 0:
+        return
     summaries = {name: summarize(rows) for name, rows in by_policy.items()}
-    hidden = ("tokenizer", "prompt_ids", "response_ids")
-    lines = [{k: v for k, v in row.items() if k not in hidden} for rows in by_policy.values() for row in rows]
     try:
         os.makedirs(args.output_dir, exist_ok=True)
-        toy_world.write_jsonl(os.path.join(args.output_dir, "responses.jsonl"), lines)
+        toy_world.write_jsonl(os.path.join(args.output_dir, "responses.jsonl"), (row for rows in by_policy.values() for row in rows))
         with open(os.path.join(args.output_dir, "summary.json"), "w") as file:
             json.dump({"policies": summaries, "prompts": len(prompts), "args": vars(args)}, file, indent=2)
         with open(os.path.join(args.output_dir, "table.txt"), "w") as file:

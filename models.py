@@ -10,6 +10,7 @@ Frames: B sequences, P prompt width (left-padded), R response width, L = P + R, 
 
 import json
 import os
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,8 @@ class ScoreModel(nn.Module):
         self.backbone, self.config = backbone, backbone.config
         self.score_type, self.do_normalize = score_type, do_normalize
         self.score_head = nn.Linear(self.config.hidden_size, 1, bias=bias)
-        nn.init.normal_(self.score_head.weight, std=0.02)
+        # from the run's seed alone: however much random numbers the backbone took, a new head is the same
+        nn.init.normal_(self.score_head.weight, std=0.02, generator=torch.Generator().manual_seed(torch.initial_seed()))
         if bias:
             nn.init.zeros_(self.score_head.bias)
         self.normalizer = nn.Module()  # named as on disk
@@ -145,22 +147,54 @@ def context_length(config) -> int:
     return getattr(config, "max_position_embeddings", None) or 1 << 30
 
 
-def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, from_config: bool = False):
-    """A causal LM in eval mode (dropouts are off, so train mode would be the same function)."""
+@contextmanager
+def parameters_on_meta():
+    """Inside, modules are built without memory for their parameters; `fill` of distributed.py brings
+    each rank its shards. Buffers are real: rotary tables are in no checkpoint."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module, name, parameter):
+        if parameter is not None and not parameter.is_meta:  # a tied weight comes by again and stays the same object
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def load_causal_lm(path: str, from_config: bool = False, on_meta: bool = False):
+    """A float32 causal LM in eval mode (dropouts are off, so train mode would be the same function).
+
+    With `on_meta` its parameters have no memory yet, and `model.pending` maps their names to sliceable
+    sources in the checkpoint's files, from which each rank will read its own rows only."""
     config = load_config(path)
     if from_config:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     if (config.architectures or [""])[0].endswith("ForScore"):
         raise ModelError(f"{path}: a score model, not a language model")
+    if on_meta:
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        names = {name for name, _ in model.named_parameters()}
+        prefix = model.base_model_prefix + "."  # which plain exports of GPT-2 lack
+        sources = {name if name in names else prefix + name: source for name, source in open_checkpoint(resolve(path)).items()}
+        model.pending = {name: source for name, source in sources.items() if name in names}  # without tied copies
+        if missing := sorted(names - model.pending.keys()):
+            raise ModelError(f"{path}: weights do not fit the config (missing {missing[:3]})")
+        return model
     try:
-        return AutoModelForCausalLM.from_pretrained(resolve(path), config=config, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(resolve(path), config=config, dtype=torch.float32).eval()
     except OSError as error:
         raise ModelError(f"{path}: no usable weights ({str(error).splitlines()[0]})") from None
 
 
-def read_state_dict(folder: str) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder: safetensors or pickled, whole or sharded with an index."""
-    from safetensors.torch import load_file
+def open_checkpoint(folder: str) -> dict:
+    """All tensors of a checkpoint folder, safetensors or pickled, whole or sharded with an index: name ->
+    something that reads rows a to b when sliced as [a:b]."""
+    from safetensors import safe_open
 
     for name in ("model.safetensors", "pytorch_model.bin"):
         files = [name]
@@ -169,26 +203,30 @@ def read_state_dict(folder: str) -> dict[str, Tensor]:
                 files = sorted(set(json.load(file)["weight_map"].values()))
         elif not os.path.exists(os.path.join(folder, name)):
             continue
-        state = {}
+        sources = {}
         for file in files:
             full = os.path.join(folder, file)
             if not os.path.exists(full):
                 raise ModelError(f"{full}: named by the index, but not there")
-            state |= load_file(full) if file.endswith(".safetensors") else torch.load(full, map_location="cpu", weights_only=True)
-        return state
+            if file.endswith(".safetensors"):
+                handle = safe_open(full, framework="pt")
+                sources |= {key: handle.get_slice(key) for key in handle.keys()}
+            else:
+                sources |= torch.load(full, map_location="cpu", weights_only=True)
+        return sources
     raise ModelError(f"{folder}: no model.safetensors and no pytorch_model.bin")
 
 
-def load_score_model(path: str, score_type: str, dtype: torch.dtype = torch.float32, new_head: bool = False) -> ScoreModel:
+def load_score_model(path: str, score_type: str, new_head: bool = False, on_meta: bool = False) -> ScoreModel:
     """Read a score model from a Beaver checkpoint (`*ForScore`), a Hugging Face reward model
     (`*ForSequenceClassification` with one label) or, with `new_head`, a language model.
 
     A critic may start from a reward or a cost model; otherwise the stored score_type must be the
-    asked one. Raises ModelError for a missing or superfluous head, another score_dim, another
+    asked one. `on_meta` as in load_causal_lm. Raises ModelError for a missing or superfluous head, another score_dim, another
     score_type, or a weight that does not fit.
     """
     folder, config = resolve(path), load_config(path)
-    state = read_state_dict(folder)
+    state = open_checkpoint(folder)
     kind = (config.architectures or [""])[0]
     stored_type = getattr(config, "score_type", None)
     if score_type != "critic" and stored_type is not None and stored_type != score_type:
@@ -205,29 +243,29 @@ def load_score_model(path: str, score_type: str, dtype: torch.dtype = torch.floa
     bias = f"{head}.bias" in state if head else True
     if kind.endswith("ForScore") and bias != getattr(config, "score_bias", getattr(config, "bias", bias)):
         raise ModelError(f"{path}: config.json and the weights disagree about the bias of the score head")
-    if head and state[f"{head}.weight"].shape[0] != 1:
-        raise ModelError(f"{path}: the score head has {state[f'{head}.weight'].shape[0]} outputs, one is needed")
+    if head and len(state[f"{head}.weight"][:]) != 1:
+        raise ModelError(f"{path}: the score head has {len(state[f'{head}.weight'][:])} outputs, one is needed")
 
-    backbone = AutoModel.from_config(config, dtype=dtype)
+    with parameters_on_meta() if on_meta else nullcontext():
+        backbone = AutoModel.from_config(config, dtype=torch.float32)
     model = ScoreModel(backbone, score_type, bias, bool(getattr(config, "do_normalize", False)))
-    model.to(dtype)
-    model.normalizer.float()  # statistics stay exact whatever the weights are in
     prefix = backbone.base_model_prefix + "."  # "model." for Llama, "transformer." for GPT-2
     named = {}
-    for name, tensor in state.items():
+    for name, source in state.items():
         if name.startswith("normalizer."):
-            named[name] = tensor.reshape(1)
+            named[name] = source[:].reshape(1)
         elif head and name.startswith(head + "."):
-            named["score_head." + name.removeprefix(head + ".")] = tensor
-        elif name.startswith(prefix):
-            named["backbone." + name.removeprefix(prefix)] = tensor
+            named["score_head." + name.removeprefix(head + ".")] = source[:]
         elif not name.startswith("lm_head."):  # a plain GPT-2 export has no prefix
-            named["backbone." + name] = tensor
-    missing, unexpected = model.load_state_dict({**named}, strict=False)
-    absent = [n for n in missing if not n.startswith(("normalizer.", "score_head." if head is None else "normalizer."))]
-    unexpected = [n for n in unexpected if not n.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
-    if absent or unexpected:
-        raise ModelError(f"{path}: weights do not fit the config (missing {absent[:3]}, superfluous {unexpected[:3]})")
+            named["backbone." + name.removeprefix(prefix)] = source
+    parameters = {name for name, _ in backbone.named_parameters(prefix="backbone")}
+    absent = sorted(parameters - named.keys())
+    known = parameters | model.state_dict().keys()
+    superfluous = [n for n in named if n not in known and not n.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
+    if absent or superfluous:
+        raise ModelError(f"{path}: weights do not fit the config (missing {absent[:3]}, superfluous {superfluous[:3]})")
+    model.pending = {name: named.pop(name) for name in parameters} if on_meta else {}
+    model.load_state_dict({name: source[:] for name, source in named.items() if name in known}, strict=False)
     return model.eval()
 
 
@@ -259,6 +297,9 @@ def save_score_model(model: ScoreModel, state: dict[str, Tensor], folder: str) -
 
 
 def save_causal_lm(model, state: dict[str, Tensor], folder: str) -> None:
+    """Write a Hugging Face folder; `state` is the full state dict, gathered where the model is sharded."""
+    if model.config.tie_word_embeddings:  # gathered tensors no longer share memory: do not write one twice
+        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     model.save_pretrained(folder, state_dict=state)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from data import DataError, batch_indices, encode, encode_prompts, frame, load_prompts, load_supervised, pad, retokenize, same_tokenizer
 from distributed import (
-    RunError, RunLog, adamw, add_run_flags, check_finite, clip_gradients, deal, device, gather_rows, gathered,
+    RunError, RunLog, adamw, add_run_flags, check_finite, checkpoint_due, clip_gradients, deal, device, gather_rows, gathered,
     learning_rate, load_checkpoint, mean_over_ranks, need, run, save_checkpoint, save_final, shard, world_size,
 )  # fmt: skip
 from models import (
@@ -213,9 +213,10 @@ def update(policy, reward_critic, cost_critic, optimizers: dict, batch: dict, pt
         metrics["policy_loss"] += weight * loss.item()
     for sequences, attention_mask, ptx_width in ptx:
         log_probs = token_log_probs(policy, sequences, attention_mask, ptx_width)
-        loss = -masked_mean(log_probs, attention_mask[:, ptx_width:]) / len(ptx)
-        (args.ptx_coeff * loss).backward()
-        metrics["ptx_loss"] += loss.item()
+        weight = len(sequences) / sum(len(rows) for rows, _, _ in ptx)
+        loss = -masked_mean(log_probs, attention_mask[:, ptx_width:])
+        (args.ptx_coeff * weight * loss).backward()
+        metrics["ptx_loss"] += weight * loss.item()
     metrics["grad_norm"] = clip_gradients(policy, args.grad_clip)
     optimizers["policy"].step()
     optimizers["policy"].zero_grad()
@@ -258,15 +259,17 @@ def main(args):
     ptx_rows = encode(tokenizer, ptx_rows, args.max_length, args.chat_template, args.skip_bad_rows) if ptx_rows else []
 
     # ------------------------------------------------------------------ six models
-    policy = load_causal_lm(args.model)
+    policy = load_causal_lm(args.model, on_meta=args.fsdp)
     if args.max_length > context_length(policy.config):
         raise RunError(f"--max-length {args.max_length} exceeds the policy's context of {context_length(policy.config)} tokens")
     policy = shard(policy, args)
-    reference = shard(load_causal_lm(args.model), args, trained=False)
-    reward_model = shard(load_score_model(args.reward_model, "reward"), args, trained=False)
-    cost_model = shard(load_score_model(args.cost_model, "cost"), args, trained=False)
-    reward_critic = shard(load_score_model(args.reward_critic or args.reward_model, "critic", new_head=bool(args.reward_critic)), args)
-    cost_critic = shard(load_score_model(args.cost_critic or args.cost_model, "critic", new_head=bool(args.cost_critic)), args)
+    reference = shard(load_causal_lm(args.model, on_meta=args.fsdp), args, trained=False)
+    reward_model = shard(load_score_model(args.reward_model, "reward", on_meta=args.fsdp), args, trained=False)
+    cost_model = shard(load_score_model(args.cost_model, "cost", on_meta=args.fsdp), args, trained=False)
+    reward_critic, cost_critic = (
+        shard(load_score_model(own or start, "critic", new_head=bool(own), on_meta=args.fsdp), args)
+        for own, start in ((args.reward_critic, args.reward_model), (args.cost_critic, args.cost_model))
+    )
     optimizers = {
         "policy": adamw(policy, args.lr, args.weight_decay),
         "reward_critic": adamw(reward_critic, args.critic_lr, 0.0),
@@ -378,7 +381,7 @@ def main(args):
                 for i in range(min(8, len(chosen)))
             ])  # fmt: skip
         log.metrics(step, mean_over_ranks(metrics))
-        if args.save_every and (step + 1) % args.save_every == 0:
+        if checkpoint_due(args, step):
             save_checkpoint(args, step + 1, trained, {"log_lambda": log_lambda.item()})
 
     log.close()

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from data import DataError, batch_indices, encode, load_preferences, pad
 from distributed import (
-    RunError, RunLog, adamw, add_run_flags, check_finite, clip_gradients, deal, device, learning_rate,
-    load_checkpoint, mean_over_ranks, need, rank, run, save_checkpoint, save_final, shard,
+    RunError, RunLog, adamw, add_run_flags, check_finite, checkpoint_due, clip_gradients, deal, device, gather_rows, learning_rate,
+    load_checkpoint, mean_over_ranks, need, rank, run, save_checkpoint, save_final, shard, world_size,
 )  # fmt: skip
 from models import ModelError, ScoreModel, context_length, end_scores, load_score_model, load_tokenizer, save_score_model
 
@@ -105,16 +105,16 @@ def batch_loss(model: ScoreModel, pairs: list[tuple], pad_token_id: int, args) -
 
 @torch.no_grad()
 def evaluate(model: ScoreModel, pairs: list[tuple], pad_token_id: int, args) -> dict:
-    """Accuracy and score statistics over this rank's share of held-out pairs; then the mean over ranks."""
-    pairs = pairs[: len(pairs) // args.batch_size * args.batch_size] or pairs  # equally many on every rank
-    results = [batch_loss(model, deal(pairs[i : i + args.batch_size]), pad_token_id, args) for i in range(0, len(pairs), args.batch_size)]
-    chosen, rejected = torch.cat([r[1] for r in results]), torch.cat([r[2] for r in results])
+    """Accuracy and score statistics over held-out pairs, of which every rank scores its share."""
+    mine = deal(pairs + pairs[-1:] * (-len(pairs) % world_size()))  # equally many on every rank; cut off below
+    results = [batch_loss(model, mine[i : i + args.micro_batch_size], pad_token_id, args) for i in range(0, len(mine), args.micro_batch_size)]
+    chosen, rejected = (gather_rows(torch.cat([r[k] for r in results]))[: len(pairs)] for k in (1, 2))
     scores = torch.cat([chosen, rejected])
-    return mean_over_ranks({
+    return {
         "eval_accuracy": (chosen > rejected).float().mean().item(),
         "eval_score_mean": scores.mean().item(),
         "eval_score_std": scores.std().item(),
-    })  # fmt: skip
+    }
 
 
 def main(args):
@@ -135,7 +135,7 @@ def main(args):
     eval_pairs = load_pairs(args.eval_dataset) if args.eval_dataset else []
 
     # ------------------------------------------------------------------ model
-    model = load_score_model(args.model, "reward", new_head=True)
+    model = load_score_model(args.model, "reward", new_head=True, on_meta=args.fsdp)
     if args.max_length > context_length(model.config):
         raise RunError(f"--max-length {args.max_length} exceeds the model's context of {context_length(model.config)} tokens")
     model = shard(model, args)
@@ -172,7 +172,7 @@ def main(args):
         if step == args.steps - 1 and eval_pairs:
             metrics |= evaluate(model, eval_pairs, tokenizer.pad_token_id, args)
         log.metrics(step, mean_over_ranks(metrics | {"grad_norm": grad_norm, "lr": lr}))
-        if args.save_every and (step + 1) % args.save_every == 0:
+        if checkpoint_due(args, step):
             save_checkpoint(args, step + 1, {"model": (model, optimizer)}, {})
 
     log.close()

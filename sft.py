@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data import DataError, batch_indices, encode, frame, load_supervised
 from distributed import (
-    RunError, RunLog, adamw, add_run_flags, check_finite, clip_gradients, deal, device, learning_rate,
+    RunError, RunLog, adamw, add_run_flags, check_finite, checkpoint_due, clip_gradients, deal, device, learning_rate,
     load_checkpoint, mean_over_ranks, need, run, save_checkpoint, save_final, shard,
 )  # fmt: skip
 from models import ModelError, context_length, load_causal_lm, load_tokenizer, save_causal_lm, token_log_probs
@@ -66,7 +66,7 @@ def main(args):
     rows = encode(tokenizer, pairs, args.max_length, args.chat_template, args.skip_bad_rows)
 
     # ------------------------------------------------------------------ model
-    policy = load_causal_lm(args.model, from_config=args.from_config)
+    policy = load_causal_lm(args.model, args.from_config, on_meta=args.fsdp and not args.from_config)
     if args.max_length > context_length(policy.config):
         raise RunError(f"--max-length {args.max_length} exceeds the model's context of {context_length(policy.config)} tokens")
     policy = shard(policy, args)
@@ -100,7 +100,7 @@ def main(args):
 
         # -------------------------------------------------------------- 4 log and save
         log.metrics(step, mean_over_ranks({"loss": loss_sum, "grad_norm": grad_norm, "lr": lr}))
-        if args.save_every and (step + 1) % args.save_every == 0:
+        if checkpoint_due(args, step):
             save_checkpoint(args, step + 1, {"policy": (policy, optimizer)}, {})
 
     log.close()

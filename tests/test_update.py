@@ -105,6 +105,13 @@ def test_ptx_is_weighted_cross_entropy():
     same(gradients(batch, ptx)[: len(want)], want)
 
 
+def test_ptx_in_pieces_of_different_sizes_is_ptx_in_one():
+    batch = minibatch()
+    whole = (batch["sequences"], batch["attention_mask"], P)
+    pieces = [(batch["sequences"][rows], batch["attention_mask"][rows], P) for rows in (slice(0, 2), slice(2, B))]
+    same(gradients(batch, pieces), gradients(batch, [whole]))
+
+
 def test_an_empty_response_leaves_everything_finite():
     batch = minibatch()
     batch["mask"][2] = 0
