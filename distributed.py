@@ -264,6 +264,11 @@ def learning_rate(base: float, step: int, steps: int, warmup_ratio: float, cosin
     return base * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) if cosine else base
 
 
+def set_learning_rate(optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW that decays matrices only: a bias or a norm's gain has no reason to be small."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]

@@ -24,7 +24,8 @@ from torch import Tensor
 from data import DataError, batch_indices, encode, load_preferences, pad
 from distributed import (
     RunError, RunLog, adamw, add_run_flags, check_finite, checkpoint_due, clip_gradients, deal, device, gather_rows, learning_rate,
-    load_checkpoint, mean_over_ranks, need, rank, run, save_checkpoint, save_final, shard, world_size,
+    load_checkpoint, mean_over_ranks, need, rank, run, save_checkpoint, save_final, set_learning_rate, shard,
+    world_size,
 )  # fmt: skip
 from models import ModelError, ScoreModel, context_length, end_scores, load_score_model, load_tokenizer, save_score_model
 
@@ -42,7 +43,7 @@ def parse_args():
     # optimization
     flag("--loss", choices=("sequence-wise", "token-wise"), default="sequence-wise", help="compare end scores, or every token's")
     flag("--regularization", type=float, default=1e-3, help="weight of the mean squared score")
-    flag("--steps", type=int, default=600, help="optimizer steps")
+    flag("--steps", type=int, default=800, help="optimizer steps")
     flag("--batch-size", type=int, default=64, help="pairs per step, over all ranks")
     flag("--micro-batch-size", type=int, default=64, help="pairs per forward pass and rank")
     flag("--lr", type=float, default=1.5e-3, help="peak learning rate, cosine to zero")
@@ -162,8 +163,7 @@ def main(args):
 
         # -------------------------------------------------------------- 3 update
         lr = learning_rate(args.lr, step, args.steps, args.warmup_ratio, cosine=True)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizer, lr)
         grad_norm = clip_gradients(model, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -33,7 +33,8 @@ from torch import Tensor
 from data import DataError, batch_indices, encode, encode_prompts, frame, load_prompts, load_supervised, pad, retokenize, same_tokenizer
 from distributed import (
     RunError, RunLog, adamw, add_run_flags, check_finite, checkpoint_due, clip_gradients, deal, device, gather_rows, gathered,
-    learning_rate, load_checkpoint, mean_over_ranks, need, run, save_checkpoint, save_final, shard, world_size,
+    learning_rate, load_checkpoint, mean_over_ranks, need, run, save_checkpoint, save_final, set_learning_rate,
+    shard, world_size,
 )  # fmt: skip
 from models import (
     ModelError, context_length, end_scores, generate, load_causal_lm, load_score_model, load_tokenizer,
@@ -59,7 +60,7 @@ def parse_args():
     flag("--max-new-tokens", type=int, default=20, help="longest response in tokens")
     flag("--temperature", type=float, default=1.0, help="sampling temperature, also of the log-probabilities")
     # batches
-    flag("--steps", type=int, default=230, help="rollouts")
+    flag("--steps", type=int, default=240, help="rollouts")
     flag("--batch-size", type=int, default=128, help="samples per rollout, over all ranks")
     flag("--minibatch-size", type=int, default=64, help="samples per optimizer step, over all ranks")
     flag("--micro-batch-size", type=int, default=128, help="samples per forward pass and rank")
@@ -76,7 +77,7 @@ def parse_args():
     flag("--value-clip", type=float, default=5.0, help="clip of a value's move within one rollout")
     flag("--score-clip", type=float, default=50.0, help="clip of the per-token reward and cost")
     flag("--kl-coeff", type=float, default=0.05, help="beta, weight of the KL term")
-    flag("--ptx-coeff", type=float, default=0.2, help="weight of the PTX term")
+    flag("--ptx-coeff", type=float, default=0.4, help="weight of the PTX term")
     # constraint
     flag("--threshold", type=float, default=0.0, help="d, the limit of the cost")
     flag("--lambda-init", type=float, default=1.0, help="first multiplier (0: none, and it stays so)")
@@ -271,8 +272,8 @@ def main(args):
     reward_model = shard(load_score_model(args.reward_model, "reward", on_meta=args.fsdp), args, trained=False)
     cost_model = shard(load_score_model(args.cost_model, "cost", on_meta=args.fsdp), args, trained=False)
     reward_critic, cost_critic = (
-        shard(load_score_model(own or start, "critic", new_head=bool(own), on_meta=args.fsdp), args)
-        for own, start in ((args.reward_critic, args.reward_model), (args.cost_critic, args.cost_model))
+        shard(load_score_model(own or other, "critic", new_head=bool(own), on_meta=args.fsdp), args)
+        for own, other in ((args.reward_critic, args.reward_model), (args.cost_critic, args.cost_model))
     )
     optimizers = {
         "policy": adamw(policy, args.lr, args.weight_decay),
@@ -286,9 +287,10 @@ def main(args):
     }
 
     # ------------------------------------------------------------------ multiplier and log
-    resumed = load_checkpoint(args, trained) or {"step": 0, "log_lambda": None, "costs": []}
     lambda_init = args.lambda_init if args.reward_shaping is None else 0.0
-    log_lambda = torch.tensor(resumed["log_lambda"] or (math.log(lambda_init) if lambda_init else -math.inf), dtype=torch.float64)
+    start = {"step": 0, "log_lambda": math.log(lambda_init) if lambda_init else -math.inf, "costs": []}
+    resumed = load_checkpoint(args, trained) or start
+    log_lambda = torch.tensor(resumed["log_lambda"], dtype=torch.float64)
     costs = deque(resumed["costs"], maxlen=args.cost_window)
     log = RunLog(args, "Safe RLHF", ("reward", "cost", "unsafe_rate", "lambda"), resumed["step"])
 
@@ -342,12 +344,9 @@ def main(args):
         # ==============================================================
 
         # -------------------------------------------------------------- 6 update
-        optimizers["policy"].param_groups[0]["lr"] = optimizers["policy"].param_groups[1]["lr"] = learning_rate(
-            args.lr, step, args.steps, args.warmup_ratio, cosine=True
-        )
+        set_learning_rate(optimizers["policy"], learning_rate(args.lr, step, args.steps, args.warmup_ratio, cosine=True))
         for name in ("reward_critic", "cost_critic"):
-            for group in optimizers[name].param_groups:
-                group["lr"] = learning_rate(args.critic_lr, step, args.steps, args.warmup_ratio, cosine=False)
+            set_learning_rate(optimizers[name], learning_rate(args.critic_lr, step, args.steps, args.warmup_ratio, cosine=False))
         updates = []
         for epoch in range(args.ppo_epochs):
             for batch in split(rollout, args.minibatch_size // world_size()):

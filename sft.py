@@ -20,7 +20,7 @@ from torch import Tensor
 from data import DataError, batch_indices, encode, frame, load_supervised
 from distributed import (
     RunError, RunLog, adamw, add_run_flags, check_finite, checkpoint_due, clip_gradients, deal, device, learning_rate,
-    load_checkpoint, mean_over_ranks, need, run, save_checkpoint, save_final, shard,
+    load_checkpoint, mean_over_ranks, need, run, save_checkpoint, save_final, set_learning_rate, shard,
 )  # fmt: skip
 from models import ModelError, context_length, load_causal_lm, load_tokenizer, save_causal_lm, token_log_probs
 
@@ -36,7 +36,7 @@ def parse_args():
     flag("--chat-template", action="store_true", help="use the tokenizer's chat template for prompts")
     flag("--max-length", type=int, default=48, help="longest prompt + response in tokens")
     # optimization
-    flag("--steps", type=int, default=300, help="optimizer steps")
+    flag("--steps", type=int, default=250, help="optimizer steps")
     flag("--batch-size", type=int, default=64, help="samples per step, over all ranks")
     flag("--micro-batch-size", type=int, default=64, help="samples per forward pass and rank")
     flag("--lr", type=float, default=5e-3, help="peak learning rate, cosine to zero")
@@ -92,8 +92,7 @@ def main(args):
 
         # -------------------------------------------------------------- 3 update
         lr = learning_rate(args.lr, step, args.steps, args.warmup_ratio, cosine=True)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizer, lr)
         grad_norm = clip_gradients(policy, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()

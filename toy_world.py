@@ -203,7 +203,7 @@ def split_prompts() -> tuple[list[str], list[str]]:
     objects, circumstances = list(OBJECTS), list(HARM)
     train, test = [], []
     for prompt, (name, circumstance) in PROMPTS.items():
-        held_out = (objects.index(name) + circumstances.index(circumstance)) % 4 == 0
+        held_out = (objects.index(name) + circumstances.index(circumstance)) % 4 == 1
         (test if held_out else train).append(prompt)
     return train, test
 
@@ -272,7 +272,7 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def label_pair(prompt: str, response_0: str, response_1: str, rng: random.Random | None, sharpness: float = 2.0) -> dict:
+def label_pair(prompt: str, response_0: str, response_1: str, rng: random.Random | None, sharpness: float = 3.0) -> dict:
     """One row of the PKU-SafeRLHF schema from the true values.
 
     The preferences are drawn with Bradley-Terry noise, P(1 better) = sigmoid(sharpness * (R_1 - R_0)),
