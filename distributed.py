@@ -182,7 +182,7 @@ def shard(model: nn.Module, args, trained: bool = True) -> nn.Module:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-        offload = CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy()
+        offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if args.cpu_offload else OffloadPolicy()
         for block in blocks(model):
             fully_shard(block, mp_policy=precision, offload_policy=offload)
         fully_shard(model, mp_policy=precision, offload_policy=offload)

@@ -62,7 +62,7 @@ def parse_args():
     # batches
     flag("--steps", type=int, default=240, help="rollouts")
     flag("--batch-size", type=int, default=128, help="samples per rollout, over all ranks")
-    flag("--minibatch-size", type=int, default=64, help="samples per optimizer step, over all ranks")
+    flag("--minibatch-size", type=int, default=32, help="samples per optimizer step, over all ranks")
     flag("--micro-batch-size", type=int, default=128, help="samples per forward pass and rank")
     flag("--ppo-epochs", type=int, default=1, help="passes over a rollout")
     # PPO
@@ -77,7 +77,7 @@ def parse_args():
     flag("--value-clip", type=float, default=5.0, help="clip of a value's move within one rollout")
     flag("--score-clip", type=float, default=50.0, help="clip of the per-token reward and cost")
     flag("--kl-coeff", type=float, default=0.05, help="beta, weight of the KL term")
-    flag("--ptx-coeff", type=float, default=0.4, help="weight of the PTX term")
+    flag("--ptx-coeff", type=float, default=0.2, help="weight of the PTX term")
     # constraint
     flag("--threshold", type=float, default=0.0, help="d, the limit of the cost")
     flag("--lambda-init", type=float, default=1.0, help="first multiplier (0: none, and it stays so)")

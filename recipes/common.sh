@@ -1,0 +1,28 @@
+# Sourced by the recipes: how to launch, and the rehearsal.
+#
+#   NPROC=4 recipes/X.sh                                                   # GPUs of this machine (default 8)
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=first-host recipes/X.sh               # on the first of two machines
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=first-host recipes/X.sh               # on the second
+#   REHEARSAL=/tmp/rehearsal NPROC=1 recipes/X.sh                          # the same flags on tiny random models
+#
+# Every recipe ends with "$@" and then with the rehearsal's overrides: of two equal flags the later one counts.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node "${NPROC:-8}")
+if [ -n "${NNODES:-}" ]; then
+    LAUNCH+=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR")
+else
+    LAUNCH+=(--standalone)
+fi
+OUT=${OUT:-runs}
+SFT_OVERRIDES=() PREFERENCE_OVERRIDES=() PPO_OVERRIDES=()
+if [ -n "${REHEARSAL:-}" ]; then
+    "$PYTHON" recipes/rehearsal.py "$REHEARSAL"
+    OUT=$REHEARSAL/runs
+    TINY=(--steps 2 --batch-size 4 --micro-batch-size 2 --max-length 48 --save-every 1)
+    SFT_OVERRIDES=("${TINY[@]}" --model "$REHEARSAL/policy" --dataset "$REHEARSAL/sft.jsonl")
+    PREFERENCE_OVERRIDES=("${TINY[@]}" --model "$REHEARSAL/policy" --dataset "$REHEARSAL/pairs.jsonl" --eval-dataset "$REHEARSAL/pairs.jsonl")
+    PPO_OVERRIDES=("${TINY[@]}" --minibatch-size 4 --max-new-tokens 8 --model "$REHEARSAL/policy" --reward-model "$REHEARSAL/reward"
+        --cost-model "$REHEARSAL/cost" --dataset "$REHEARSAL/pairs.jsonl" --ptx-dataset "$REHEARSAL/sft.jsonl")
+fi

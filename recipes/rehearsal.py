@@ -1,0 +1,39 @@
+"""Tiny stand-ins for a rehearsal: Llama-shaped policy, reward and cost model with random weights, and toy data.
+
+    python recipes/rehearsal.py FOLDER
+"""
+
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
+
+import toy_world  # noqa: E402
+from models import load_score_model, save_score_model  # noqa: E402
+
+
+def main(folder: str) -> None:
+    torch.manual_seed(0)
+    rng, tokenizer = random.Random(0), toy_world.build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(toy_world.vocabulary()), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(f"{folder}/policy")
+    tokenizer.save_pretrained(f"{folder}/policy")
+    for kind in ("reward", "cost"):
+        model = load_score_model(f"{folder}/policy", kind, new_head=True)
+        save_score_model(model, model.state_dict(), f"{folder}/{kind}")
+        tokenizer.save_pretrained(f"{folder}/{kind}")
+    prompts = toy_world.split_prompts()[0][::20]
+    toy_world.write_jsonl(f"{folder}/sft.jsonl", [{"prompt": p, "response": toy_world.demonstrate(p, rng)} for p in prompts])
+    pairs = [(p, toy_world.demonstrate(p, rng), toy_world.random_words(rng)) for p in prompts]
+    toy_world.write_jsonl(f"{folder}/pairs.jsonl", [toy_world.label_pair(*pair, rng) for pair in pairs])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
