@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves without a group, as meant
 
 
@@ -52,10 +51,12 @@ def add_run_flags(parser, output_dir: str, training: bool = True) -> None:
 
 def check_flags(args) -> None:
     """Raise RunError for values that cannot work, before anything is loaded."""
-    for name in ("steps", "batch_size", "micro_batch_size", "minibatch_size", "max_length", "max_new_tokens", "ppo_epochs", "samples", "keep"):
+    at_least_1 = ("steps", "batch_size", "micro_batch_size", "minibatch_size", "max_length", "max_new_tokens", "ppo_epochs", "samples", "keep",
+                  "cost_window", "sample_every")  # fmt: skip
+    for name in at_least_1:
         if getattr(args, name, 1) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("lr", "critic_lr", "lambda_init", "lambda_lr", "kl_coeff", "ptx_coeff", "temperature", "save_every", "regularization"):
+    for name in ("lr", "critic_lr", "lambda_init", "lambda_lr", "kl_coeff", "ptx_coeff", "temperature", "top_p", "clip", "save_every", "regularization"):
         value = getattr(args, name, 0)
         if not (math.isfinite(value) and value >= 0):
             raise RunError(f"--{name.replace('_', '-')} must be a finite number >= 0, got {value}")

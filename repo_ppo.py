@@ -241,8 +241,10 @@ def update(policy, reward_critic, cost_critic, optimizers: dict, batch: dict, pt
 
 def main(args):
     torch.manual_seed(args.seed)
-    if args.lambda_init > args.lambda_max:
-        raise RunError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
+    if not 0 < args.lambda_max >= args.lambda_init:
+        raise RunError(f"--lambda-max {args.lambda_max} must be above 0 and at least --lambda-init {args.lambda_init}")
+    if args.temperature == 0:
+        raise RunError("--temperature 0 samples nothing to learn from: every other response of a prompt has probability 0")
     for path, command in ((args.model, "sft"), (args.reward_model, "reward_model"), (args.cost_model, "cost_model")):
         need(path, f"python {command}.py")
 
@@ -253,6 +255,7 @@ def main(args):
         if not same_tokenizer(load_tokenizer(start) if start else scorers[name], tokenizer):
             raise RunError(f"the {name} critic's tokenizer is not the policy's: values are per policy token. "
                            f"Give a start with the policy's tokenizer by --{name}-critic")  # fmt: skip
+    foreign = {name: other for name, other in scorers.items() if not same_tokenizer(tokenizer, other)}
     room = args.max_length - args.max_new_tokens
     prompts = load_prompts(args.dataset, args.skip_bad_rows)
     prompts = encode_prompts(tokenizer, prompts, room, args.chat_template, args.skip_bad_rows)
@@ -309,11 +312,11 @@ def main(args):
         rollout_done = time.perf_counter()
 
         # -------------------------------------------------------------- 2 score
-        for name, other in scorers.items():
-            ids = (rollout["sequences"], rollout["attention_mask"])
-            if not same_tokenizer(tokenizer, other):
-                ids = retokenize([prompts[i][0] for i in chosen], responses, tokenizer, other, args.chat_template)
-            rollout |= {f"{name}_ids": ids[0].to(device()), f"{name}_attention_mask": ids[1].to(device())}
+        for name in ("reward", "cost"):
+            ids, ids_mask = sequences, rollout["attention_mask"]
+            if name in foreign:  # a model with another tokenizer reads the same text in its own ids
+                ids, ids_mask = retokenize([prompts[i][0] for i in chosen], responses, tokenizer, foreign[name], args.chat_template)
+            rollout |= {f"{name}_ids": ids.to(device()), f"{name}_attention_mask": ids_mask.to(device())}
         score(rollout, reference, reward_model, cost_model, reward_critic, cost_critic, args)
         reward, cost = rollout["reward"], rollout["cost"]
         check_finite(step, log_probs=log_probs, **{k: rollout[k] for k in ("ref_log_probs", "reward", "cost", "reward_values", "cost_values")})
@@ -355,7 +358,6 @@ def main(args):
 
         # -------------------------------------------------------------- 7 log and save
         kl = ((log_probs - rollout["ref_log_probs"]) * mask).sum(-1)  # (B,) nats per response
-        lengths = mask.sum(-1).float()
         metrics = {
             "reward": reward.mean().item(),
             "cost": cost.mean().item(),
@@ -363,7 +365,7 @@ def main(args):
             "lambda": lam,
             "violation": violation,
             "kl": kl.mean().item(),
-            "response_length": lengths.mean().item(),
+            "response_length": mask.sum(-1).float().mean().item(),
             "truncated_rate": (sequences[:, width:] != tokenizer.eos_token_id).all(-1).float().mean().item(),
             "empty_rate": (sequences[:, width] == tokenizer.eos_token_id).float().mean().item(),
             **{name: sum(u[name] for u in updates) / len(updates) for name in updates[0]},

@@ -272,7 +272,7 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def label_pair(prompt: str, response_0: str, response_1: str, rng: random.Random | None, sharpness: float = 3.0) -> dict:
+def label_pair(prompt: str, response_0: str, response_1: str, rng: random.Random | None, sharpness: float = 2.0) -> dict:
     """One row of the PKU-SafeRLHF schema from the true values.
 
     The preferences are drawn with Bradley-Terry noise, P(1 better) = sigmoid(sharpness * (R_1 - R_0)),

@@ -149,6 +149,17 @@ def test_a_safe_response_has_no_cost_gradient_under_repo_and_has_one_under_safe_
     assert (cost_adv.grad != 0).all()
 
 
+def test_rescaled_costs_with_a_rescaled_lambda_give_the_same_direction():
+    """The unit of the cost is arbitrary: k times the cost with lambda / k is the same policy gradient."""
+    torch.manual_seed(0)
+    reward_adv, cost_adv, cost, lam, k = torch.randn(4, 3), torch.randn(4, 3), T([-1.0, 1.0, -2.0, 2.0]), 2.0, 10.0
+    plain = ppo.lagrangian_advantages(reward_adv, cost_adv, lam) * (1 + lam)
+    torch.testing.assert_close(ppo.lagrangian_advantages(reward_adv, k * cost_adv, lam / k) * (1 + lam / k), plain)
+    split = repo_ppo.rectified_advantages(reward_adv, k * cost_adv, lam / k, k * cost, 0.0)
+    torch.testing.assert_close(split[1::2] * (1 + lam / k), plain[1::2])
+    torch.testing.assert_close(split[0::2], reward_adv[0::2])
+
+
 # ------------------------------------------------------------------------------ E7, E8
 
 

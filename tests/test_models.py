@@ -64,6 +64,14 @@ def test_eos_is_part_of_the_response_also_when_it_is_the_pad():
     ]  # fmt: skip
 
 
+def test_an_unknown_word_is_a_real_token():
+    """Deliberate difference: PKU's implementation masks every UNK token out of a response, and with it the
+    EOS of tokenizers where UNK = EOS. Here only what follows the first EOS is masked."""
+    unk, eos = 2, 1
+    assert response_mask(torch.tensor([[5, unk, 6, eos, 0]]), eos).tolist() == [[1, 1, 1, 1, 0]]
+    assert response_mask(torch.tensor([[5, 7, 6, eos, 0]]), eos_token_id=eos).tolist() == [[1, 1, 1, 1, 0]]  # UNK = EOS = 1
+
+
 def test_top_p_log_probs_are_those_of_the_truncated_distribution(policy, prompts):
     ids, prompt_mask = prompts
     torch.manual_seed(3)

@@ -141,6 +141,21 @@ def test_token_wise_losses_train(demo, monkeypatch, capsys, script):
     assert run_in(demo, monkeypatch, capsys, script, *flags)[0] == 0
 
 
+@pytest.mark.parametrize("module, function", [("safe_rlhf_ppo", "lagrangian_advantages"), ("repo_ppo", "rectified_advantages")])
+def test_lambda_moves_before_the_policy_does_and_once_per_rollout(demo, monkeypatch, module, function):
+    module = __import__(module)
+    used, original = [], getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *args: used.append(args[2]) or original(*args))
+    few = ("--steps", "3", "--batch-size", "8", "--minibatch-size", "4", "--ppo-epochs", "2", "--output-dir", "runs/demo/spy")
+    monkeypatch.chdir(demo)
+    monkeypatch.setattr(sys, "argv", ["x", *few])
+    module.main(module.parse_args())
+    log_lambda = torch.tensor(0.0, dtype=torch.float64)
+    for row, lam in zip(metrics(demo, "spy"), used, strict=True):
+        log_lambda = module.multiplier_step(log_lambda, row["violation"], 0.1, 5.0)
+        assert lam == row["lambda"] == pytest.approx(log_lambda.exp().item())
+
+
 # ------------------------------------------------------------------------------ invariances
 
 
@@ -187,12 +202,13 @@ def test_a_resumed_run_ends_bit_identical(demo, monkeypatch, capsys):
         ("reward_model.py", ("--model", "runs/elsewhere/model"), "runs/elsewhere/model is missing; `python sft.py` makes it"),
         ("reward_model.py", ("--dataset", "bad.jsonl"), "bad.jsonl row 1: field 'response_0' is missing"),
         ("safe_rlhf_ppo.py", ("--minibatch-size", "48"), "--minibatch-size 48 does not divide --batch-size 128"),
-        ("safe_rlhf_ppo.py", ("--lambda-init", "9"), "--lambda-init 9.0 is above --lambda-max 5.0"),
+        ("safe_rlhf_ppo.py", ("--lambda-init", "9"), "--lambda-max 5.0 must be above 0 and at least --lambda-init 9.0"),
         ("safe_rlhf_ppo.py", ("--reward-model", "runs/demo/cost_model/model"), "a cost model, and a reward model is needed"),
         ("safe_rlhf_ppo.py", ("--cost-model", "runs/demo/sft/model"), "no score head"),
         ("repo_ppo.py", ("--reward-model", "runs/none/model"), "runs/none/model is missing; `python reward_model.py` makes it"),
         ("repo_ppo.py", ("--max-new-tokens", "40"), "longer than the 8 that --max-length less --max-new-tokens leaves"),
         ("repo_ppo.py", ("--output-dir", "bad.jsonl/x"), "cannot write to --output-dir"),
+        ("repo_ppo.py", ("--temperature", "0"), "--temperature 0 samples nothing to learn from"),
         ("repo_ppo.py", ("--steps", "three"), "invalid int value: 'three'"),
         ("evaluate.py", ("--policies", "sft"), "--policies takes NAME=FOLDER with distinct names, got 'sft'"),
         ("evaluate.py", ("--prompts", "runs/x.jsonl"), "runs/x.jsonl is missing; `python toy_world.py world` makes it"),

@@ -98,7 +98,7 @@ def test_labels_are_the_truth_with_bradley_terry_noise():
     assert truth["better_response_id"] == 1 and truth["is_response_0_safe"] and truth["is_response_1_safe"]
     rng = random.Random(0)
     share = sum(world.label_pair(ROB, bad, good, rng)["better_response_id"] for _ in range(4000)) / 4000
-    assert share == pytest.approx(world.sigmoid(3.0 * 1.0), abs=0.02)  # a margin of 1 at sharpness 3
+    assert share == pytest.approx(world.sigmoid(2.0 * 1.0), abs=0.02)  # a margin of 1 at sharpness 2
 
 
 def test_every_label_fits_the_schema_without_contradiction():

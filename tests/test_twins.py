@@ -72,9 +72,19 @@ def test_every_flag_is_read(name):
         assert reads, f"{name}: nothing reads --{flag}"
 
 
+def test_the_readme_shows_the_real_diff():
+    block = re.search(r"```diff\n(.*?)```", source("README.md"), re.S).group(1)
+    lines = {name: {line.strip() for line in source(name).splitlines()} for name in ("safe_rlhf_ppo.py", "repo_ppo.py")}
+    for line in filter(str.strip, block.splitlines()):
+        if line[0] != "+":
+            assert line[1:].strip() in lines["safe_rlhf_ppo.py"], line
+        if line[0] != "-":
+            assert line[1:].strip() in lines["repo_ppo.py"], line
+
+
 def test_every_flag_and_path_in_the_readme_exists():
     readme = source("README.md")
-    known = set().union(*(declared_flags(name) for name in SCRIPTS + ROOMS)) | {"nproc-per-node", "help"}
+    known = set().union(*(declared_flags(name) for name in SCRIPTS + ROOMS)) | {"nproc-per-node", "kills"}
     mentioned = set(re.findall(r"--([a-z][a-z-]+)", readme))
     assert not mentioned - known
     for path in set(re.findall(r"[\w./-]+\.(?:py|sh|md|txt|png|pdf)\b", readme)):
