@@ -60,8 +60,9 @@ def check_flags(args) -> None:
         value = getattr(args, name, 0)
         if not (math.isfinite(value) and value >= 0):
             raise RunError(f"--{name.replace('_', '-')} must be a finite number >= 0, got {value}")
-    if getattr(args, "cpu_offload", False) and not args.fsdp:
-        raise RunError("--cpu-offload works on shards: add --fsdp")
+    for name in ("cpu_offload", "offload_frozen"):
+        if getattr(args, name, False) and not args.fsdp:
+            raise RunError(f"--{name.replace('_', '-')} works on shards: add --fsdp")
     if getattr(args, "fsdp", False) and not dist.is_initialized():
         raise RunError(f"--fsdp needs torchrun, also for one process: torchrun --nproc-per-node 1 {' '.join(sys.argv)}")
     for name in ("batch_size", "minibatch_size"):
@@ -183,11 +184,12 @@ def shard(model: nn.Module, args, trained: bool = True) -> nn.Module:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-        offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if args.cpu_offload else OffloadPolicy()
+        offloaded = args.cpu_offload or (not trained and getattr(args, "offload_frozen", False))
+        offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offloaded else OffloadPolicy()
         for block in blocks(model):
             fully_shard(block, mp_policy=precision, offload_policy=offload)
         fully_shard(model, mp_policy=precision, offload_policy=offload)
-        fill(model, torch.device("cpu") if args.cpu_offload else device())
+        fill(model, torch.device("cpu") if offloaded else device())
         return model
     model.to(device())
     if bf16 and trained:
@@ -198,7 +200,7 @@ def shard(model: nn.Module, args, trained: bool = True) -> nn.Module:
 @torch.no_grad()
 def fill(model: nn.Module, where: torch.device) -> None:
     """Give the shards of a model built on the meta device their memory, and read this rank's rows of
-    every parameter from `model.pending`. No rank ever holds more than its shards."""
+    every parameter from `model.pending`, if it has one. No rank ever holds more than its shards."""
     if any(p.is_meta for p in model.parameters()):
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
         present = {name: local(p).clone() for name, p in model.named_parameters() if not p.is_meta}
@@ -206,12 +208,14 @@ def fill(model: nn.Module, where: torch.device) -> None:
         for name, tensor in (*model.named_buffers(), *model.named_parameters()):
             if (kept := buffers.get(name, present.get(name))) is not None:
                 local(tensor).copy_(kept)
+    pending = getattr(model, "pending", {})
     for name, parameter in model.named_parameters():
-        source = model.pending.get(name.replace("_checkpoint_wrapped_module.", ""))
+        source = pending.get(name.replace("_checkpoint_wrapped_module.", ""))
         if source is not None:
             rows = -(-parameter.shape[0] // world_size())  # FSDP2 gives rank r rows r * rows to (r + 1) * rows
             mine = local(parameter)
-            mine.copy_(source[rank() * rows : rank() * rows + len(mine)]) if len(mine) else None
+            if len(mine):
+                mine.copy_(source[rank() * rows : rank() * rows + len(mine)])
     model.pending = {}
 
 

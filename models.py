@@ -11,6 +11,7 @@ Frames: B sequences, P prompt width (left-padded), R response width, L = P + R, 
 import json
 import os
 from contextlib import contextmanager, nullcontext
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -212,7 +213,10 @@ def open_checkpoint(folder: str) -> dict:
                 handle = safe_open(full, framework="pt")
                 sources |= {key: handle.get_slice(key) for key in handle.keys()}
             else:
-                sources |= torch.load(full, map_location="cpu", weights_only=True)
+                try:
+                    sources |= torch.load(full, map_location="cpu", weights_only=True)
+                except UnpicklingError:
+                    raise ModelError(f"{full}: holds more than tensors, and loading it could run code. Convert it to safetensors") from None
         return sources
     raise ModelError(f"{folder}: no model.safetensors and no pytorch_model.bin")
 

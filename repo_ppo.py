@@ -82,6 +82,7 @@ def parse_args():
     flag("--lambda-max", type=float, default=5.0, help="largest multiplier")
     # log
     flag("--sample-every", type=int, default=50, help="print and save samples every N steps")
+    flag("--offload-frozen", action="store_true", help="with --fsdp: keep the three frozen models in host memory")
     add_run_flags(parser, "runs/demo/repo")
     return parser.parse_args()
 

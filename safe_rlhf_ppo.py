@@ -87,6 +87,7 @@ def parse_args():
     flag("--reward-shaping", type=float, metavar="NU", help="baseline: the score is R - NU * C, without a multiplier")
     # log
     flag("--sample-every", type=int, default=50, help="print and save samples every N steps")
+    flag("--offload-frozen", action="store_true", help="with --fsdp: keep the three frozen models in host memory")
     add_run_flags(parser, "runs/demo/safe_rlhf")
     return parser.parse_args()
 

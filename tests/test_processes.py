@@ -68,7 +68,8 @@ def results(folder: Path, script: str, name: str) -> tuple[list[dict], dict]:
 
 @pytest.mark.parametrize("script", RUNS)
 def test_one_process_two_and_two_sharded_agree(folder, script):
-    variants = {"one": (0,), "two": (2,), "sharded": (2, "--fsdp")}
+    sharded = ("--fsdp", "--activation-checkpointing", *(("--offload-frozen",) if "ppo" in script else ()))
+    variants = {"one": (0,), "two": (2,), "sharded": (2, *sharded)}
     for pair in (("one", "two"), ("sharded",)):  # at most three processes at a time on two cores
         started = [(name, launch(folder, script, name, *variants[name])) for name in pair]
         for name, process in started:

@@ -152,3 +152,19 @@ def test_repo_samples_its_split_and_the_split_is_not_quite_the_gradient_of_its_o
     reward_adv, cost_adv = REWARD - values[0][:, None], COST - values[1][:, None]
     split = exact_gradient(safe_logits, torch.where(COST > D, (reward_adv - LAM * cost_adv) / (1 + LAM), reward_adv))
     torch.testing.assert_close(split, exact_gradient(safe_logits, REWARD - LAM * (COST - D).clamp(min=0)), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("lam", [1.0, 5.0, 100.0])
+def test_when_repo_stalls(lam):
+    """A safe answer with probability p, reward 0, and an unsafe one with reward G and a cost D higher:
+    with perfect critics the step favours the safe answer exactly if p lam D > G ((1 - p)(1 + lam) + p)."""
+    p, gap = 0.2, 1.0
+    boundary = gap * ((1 - p) * (1 + lam) + p) / (p * lam)
+    probs = torch.tensor([p, 1 - p], dtype=torch.float64)
+    for difference, favours_safe in ((0.99 * boundary, False), (1.01 * boundary, True)):
+        reward, cost = torch.tensor([0.0, gap], dtype=torch.float64), torch.tensor([-0.1, difference - 0.1], dtype=torch.float64)
+        reward_adv, cost_adv = (x - (probs * x).sum() for x in (reward, cost))
+        advantages = repo_ppo.rectified_advantages(reward_adv[:, None], cost_adv[:, None], lam, cost, D)[:, 0]
+        assert bool(advantages[0] > advantages[1]) == favours_safe  # the gradient of a logit is p (1 - p) (A_0 - A_1)
+        lagrangian = safe_rlhf_ppo.lagrangian_advantages(reward_adv[:, None], cost_adv[:, None], lam)[:, 0]
+        assert bool(lagrangian[0] > lagrangian[1]) == (lam * difference > gap)  # Safe RLHF: whatever p is

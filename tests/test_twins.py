@@ -68,7 +68,7 @@ def test_every_flag_is_read(name):
     shared = declared_flags("distributed.py")
     readers = source(name) + source("distributed.py")
     for flag in declared_flags(name) | (shared if "add_run_flags(parser" in source(name) else set()):
-        reads = len(re.findall(rf"\bargs\.{flag.replace('-', '_')}\b", readers))
+        reads = re.findall(rf"\bargs\.{flag.replace('-', '_')}\b|getattr\(args, \"{flag.replace('-', '_')}\"", readers)
         assert reads, f"{name}: nothing reads --{flag}"
 
 
