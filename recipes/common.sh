@@ -3,7 +3,7 @@
 #   NPROC=4 recipes/X.sh                                                   # GPUs of this machine (default 8)
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=first-host recipes/X.sh               # on the first of two machines
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=first-host recipes/X.sh               # on the second
-#   REHEARSAL=/tmp/rehearsal NPROC=1 recipes/X.sh                          # the same flags on tiny random models
+#   REHEARSAL=runs/rehearsal NPROC=1 recipes/X.sh                          # the same flags on tiny random models
 #
 # Every recipe ends with "$@" and then with the rehearsal's overrides: of two equal flags the later one counts.
 

@@ -169,6 +169,7 @@ def test_a_run_repeats_itself(demo, monkeypatch, capsys):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_resumed_run_ends_bit_identical(demo, monkeypatch, capsys):
     def run(name, *flags):
         few = ("--batch-size", "8", "--minibatch-size", "4", "--output-dir", f"runs/demo/{name}", "--save-every", "2")
