@@ -1,18 +1,3 @@
 #!/usr/bin/env bash
-# RePO on Alpaca-7B reproduced with the Beaver reward and cost models, the published hyper-parameters.
-# needs      8 GPUs of 80 GB (FSDP2, bf16), about 250 GB of disk for two checkpoints; hub access to the models and data
-# costs      not measured
-# rehearsed  flags only, by REHEARSAL= on a CPU (see common.sh); never run at this size
-set -euo pipefail
-source "$(dirname "$0")/common.sh"
-
-"${LAUNCH[@]}" repo_ppo.py --fsdp --dtype bf16 --activation-checkpointing --output-dir "$OUT/repo_7b" --save-every 50 --keep 2 \
-    --model PKU-Alignment/alpaca-7b-reproduced \
-    --reward-model PKU-Alignment/beaver-7b-v1.0-reward --cost-model PKU-Alignment/beaver-7b-v1.0-cost \
-    --dataset PKU-Alignment/PKU-SafeRLHF --ptx-dataset tatsu-lab/alpaca --skip-bad-rows \
-    --max-length 512 --max-new-tokens 384 --temperature 1.0 \
-    --steps 500 --batch-size 128 --minibatch-size 128 --micro-batch-size 4 --ppo-epochs 1 \
-    --lr 1e-5 --critic-lr 5e-6 --warmup-ratio 0.03 --weight-decay 0.01 --grad-clip 1.0 \
-    --gamma 1.0 --gae-lambda 0.95 --clip 0.2 --value-clip 5.0 --score-clip 50.0 --kl-coeff 0.01 --ptx-coeff 16.0 \
-    --threshold 0.0 --lambda-init 1.0 --lambda-lr 0.1 --lambda-max 5.0 \
-    "$@" "${PPO_OVERRIDES[@]}"
+# RePO on Alpaca-7B reproduced: the twin script with the very flags of safe_rlhf_7b_8gpu.sh, which also says what it needs.
+ALGORITHM=repo exec "$(dirname "$0")/safe_rlhf_7b_8gpu.sh" "$@"

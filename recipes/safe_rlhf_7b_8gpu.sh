@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Safe RLHF on Alpaca-7B reproduced with the Beaver reward and cost models, the published hyper-parameters.
-# needs      8 GPUs of 80 GB (FSDP2, bf16), about 250 GB of disk for two checkpoints; hub access to the models and data
+# needs      8 GPUs of 80 GB (FSDP2, bf16), about 240 GB of disk per checkpoint (two are kept); hub access to the models and data
 # costs      not measured
 # rehearsed  flags only, by REHEARSAL= on a CPU (see common.sh); never run at this size
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
+ALGORITHM=${ALGORITHM:-safe_rlhf}
 
-"${LAUNCH[@]}" safe_rlhf_ppo.py --fsdp --dtype bf16 --activation-checkpointing --output-dir "$OUT/safe_rlhf_7b" --save-every 50 --keep 2 \
+"${LAUNCH[@]}" ${ALGORITHM}_ppo.py --fsdp --dtype bf16 --activation-checkpointing --output-dir "$OUT/${ALGORITHM}_7b" --save-every 50 --keep 2 \
     --model PKU-Alignment/alpaca-7b-reproduced \
     --reward-model PKU-Alignment/beaver-7b-v1.0-reward --cost-model PKU-Alignment/beaver-7b-v1.0-cost \
     --dataset PKU-Alignment/PKU-SafeRLHF --ptx-dataset tatsu-lab/alpaca --skip-bad-rows \
