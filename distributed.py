@@ -68,8 +68,10 @@ def check_flags(args) -> None:
     for name in ("batch_size", "minibatch_size"):
         if getattr(args, name, world_size()) % world_size():
             raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be dealt evenly to {world_size()} processes")
-    if getattr(args, "minibatch_size", None) and args.batch_size % args.minibatch_size:
-        raise RunError(f"--minibatch-size {args.minibatch_size} does not divide --batch-size {args.batch_size}")
+    if hasattr(args, "minibatch_size"):
+        args.minibatch_size = min(args.minibatch_size, args.batch_size)  # a small rollout is one minibatch
+        if args.batch_size % args.minibatch_size:
+            raise RunError(f"--minibatch-size {args.minibatch_size} does not divide --batch-size {args.batch_size}")
 
 
 def need(path: str, command: str) -> None:

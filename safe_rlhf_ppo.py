@@ -60,9 +60,9 @@ def parse_args():
     flag("--max-new-tokens", type=int, default=20, help="longest response in tokens")
     flag("--temperature", type=float, default=1.0, help="sampling temperature, also of the log-probabilities")
     # batches
-    flag("--steps", type=int, default=210, help="rollouts")
+    flag("--steps", type=int, default=240, help="rollouts")
     flag("--batch-size", type=int, default=128, help="samples per rollout, over all ranks")
-    flag("--minibatch-size", type=int, default=32, help="samples per optimizer step, over all ranks")
+    flag("--minibatch-size", type=int, default=32, help="samples per optimizer step, over all ranks; at most a rollout")
     flag("--micro-batch-size", type=int, default=128, help="samples per forward pass and rank")
     flag("--ppo-epochs", type=int, default=1, help="passes over a rollout")
     # PPO
