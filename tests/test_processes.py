@@ -14,41 +14,58 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("--steps", "2", "--max-length", "48")
+MODEL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+
+
+def stage(family: str) -> tuple[str, ...]:
+    return ("--steps", "2", "--max-length", "48", "--batch-size", "8", "--micro-batch-size", "3", "--model", f"start/{family}/policy")
+
+
+def pairs(family: str) -> tuple[str, ...]:
+    return (*stage(family), "--dataset", "data/pairs.jsonl", "--eval-dataset", "data/pairs.jsonl")
+
+
+def ppo(family: str) -> tuple[str, ...]:
+    return (*stage(family), "--minibatch-size", "4", "--reward-model", f"start/{family}/reward", "--cost-model", f"start/{family}/cost",
+            "--dataset", "data/sft.jsonl", "--ptx-dataset", "data/sft.jsonl")  # fmt: skip
+
+
+# every family of models in some script, PPO with two of them
 RUNS = {
-    "sft.py": (*STEPS, "--batch-size", "8", "--micro-batch-size", "3", "--model", "start/policy", "--dataset", "data/sft.jsonl"),
-    "reward_model.py": (*STEPS, "--batch-size", "8", "--micro-batch-size", "3", "--model", "start/policy",
-                        "--dataset", "data/pairs.jsonl", "--eval-dataset", "data/pairs.jsonl"),
-    "cost_model.py": (*STEPS, "--batch-size", "8", "--micro-batch-size", "3", "--model", "start/policy",
-                      "--dataset", "data/pairs.jsonl", "--eval-dataset", "data/pairs.jsonl"),
-    "safe_rlhf_ppo.py": (*STEPS, "--batch-size", "8", "--minibatch-size", "4", "--micro-batch-size", "3", "--model", "start/policy",
-                         "--reward-model", "start/reward", "--cost-model", "start/cost", "--dataset", "data/sft.jsonl", "--ptx-dataset", "data/sft.jsonl"),
-    "repo_ppo.py": (*STEPS, "--batch-size", "8", "--minibatch-size", "4", "--micro-batch-size", "3", "--model", "start/policy",
-                    "--reward-model", "start/reward", "--cost-model", "start/cost", "--dataset", "data/sft.jsonl", "--ptx-dataset", "data/sft.jsonl"),
-}  # fmt: skip
+    "sft.py": (*stage("qwen2"), "--dataset", "data/sft.jsonl"),
+    "reward_model.py": pairs("llama"),
+    "cost_model.py": pairs("qwen2"),
+    "safe_rlhf_ppo.py": ppo("gpt2"),
+    "repo_ppo.py": ppo("llama"),
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A policy with random weights, a reward and a cost model with heads, and a little data."""
+    """Policies with random weights, reward and cost models with new heads, and a little data."""
     import random
 
     import toy_world
     from models import load_score_model, save_score_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
     folder, rng = tmp_path_factory.mktemp("processes"), random.Random(0)
     torch.manual_seed(0)
     prompts = toy_world.split_prompts()[0][::9]
     toy_world.write_jsonl(f"{folder}/data/sft.jsonl", [{"prompt": p, "response": toy_world.demonstrate(p, rng)} for p in prompts])
-    pairs = [(p, toy_world.demonstrate(p, rng), toy_world.random_words(rng)) for p in prompts]
-    toy_world.write_jsonl(f"{folder}/data/pairs.jsonl", [toy_world.label_pair(*pair, rng) for pair in pairs])
-    AutoModelForCausalLM.from_config(toy_world.build_config()).save_pretrained(folder / "start/policy")
-    toy_world.build_tokenizer().save_pretrained(folder / "start/policy")
-    for kind in ("reward", "cost"):
-        model = load_score_model(str(folder / "start/policy"), kind, new_head=True)
-        save_score_model(model, model.state_dict(), f"{folder}/start/{kind}")
-        toy_world.build_tokenizer().save_pretrained(folder / "start" / kind)
+    rows = [(p, toy_world.demonstrate(p, rng), toy_world.random_words(rng)) for p in prompts]
+    toy_world.write_jsonl(f"{folder}/data/pairs.jsonl", [toy_world.label_pair(*row, rng) for row in rows])
+    words = len(toy_world.vocabulary())
+    configs = {"gpt2": toy_world.build_config(), "llama": LlamaConfig(vocab_size=words, **MODEL), "qwen2": Qwen2Config(vocab_size=words, **MODEL)}
+    for family, config in configs.items():
+        start = folder / "start" / family
+        AutoModelForCausalLM.from_config(config).save_pretrained(start / "policy")
+        toy_world.build_tokenizer().save_pretrained(start / "policy")
+        for kind in ("reward", "cost"):
+            model = load_score_model(str(start / "policy"), kind, new_head=True)
+            save_score_model(model, model.state_dict(), str(start / kind))
+            toy_world.build_tokenizer().save_pretrained(start / kind)
     return folder
 
 
@@ -87,8 +104,8 @@ def test_one_process_two_and_two_sharded_agree(folder, script):
 
 
 def test_evaluation_with_two_processes_gives_the_same_responses(folder):
-    flags = ("--policies", "start=start/policy", "--reward-model", "start/reward", "--cost-model", "start/cost", "--prompts", "data/sft.jsonl",
-             "--samples", "1", "--micro-batch-size", "7")  # fmt: skip
+    flags = ("--policies", "start=start/qwen2/policy", "--reward-model", "start/gpt2/reward", "--cost-model", "start/llama/cost",
+             "--prompts", "data/sft.jsonl", "--samples", "1", "--micro-batch-size", "7")  # fmt: skip
     for name, process in [(name, launch(folder, "evaluate.py", name, n, *flags)) for name, n in (("one", 0), ("two", 2))]:
         output = process.communicate(timeout=200)[0]
         assert process.returncode == 0, f"{name}: {output[-3000:]}"
