@@ -33,22 +33,29 @@ def run(folder: str, seed: int, steps: int) -> None:
     subprocess.run(command(folder, seed, steps), cwd=ROOT, env=ENVIRONMENT, check=True, stderr=subprocess.DEVNULL)
 
 
+def saved_steps(folder: str) -> int:
+    """The newest complete checkpoint's step, 0 without one."""
+    checkpoints = Path(folder) / "checkpoints"
+    return max([int(p.name.removeprefix("step-")) for p in checkpoints.glob("step-*")], default=0)
+
+
 def killed_run(folder: str, seed: int, steps: int, kills: int, rng: random.Random) -> tuple[int, int]:
     """Resume and kill until the run ends by itself or `kills` are used up. Kills, and those within a save."""
     used = saving = 0
     while True:
         process = subprocess.Popen([*command(folder, seed, steps), "--resume"], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-        metrics, before = Path(folder) / "metrics.jsonl", time.time()
-        while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime > before):
-            time.sleep(0.01)  # a kill during imports would test nothing
-        time.sleep(rng.uniform(0, 0.5))
-        if used == kills or process.poll() is not None:
-            if process.wait() == 0:
-                return used, saving
+        before = saved_steps(folder)
+        while process.poll() is None and saved_steps(folder) == before < steps:
+            time.sleep(0.005)  # a kill during imports would test nothing
+        if used < kills and before < steps:
+            time.sleep(rng.uniform(0, 0.4))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                used += 1
+        if process.wait() == 0:
+            return used, saving
+        if process.returncode != -signal.SIGKILL:
             raise SystemExit(f"a resumed run failed with exit code {process.returncode}")
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        used += 1
         saving += (Path(folder) / "checkpoints/unfinished").exists()
 
 
