@@ -3,7 +3,7 @@
     E2   L = mean(-log s(c(x, y_unsafer) - c(x, y_safer))                          s = sigmoid
                   -log s(g_s c(x, y_safer)) - log s(g_u c(x, y_unsafer))) + reg * mean(c^2)
 
-g = +1 for an unsafe response, -1 for a safe one (Safe RLHF, eq. 4). The sign terms give the cost a
+g = +1 for an unsafe response, -1 for a safe one (Safe RLHF, cost model). The sign terms give the cost a
 zero with a meaning, C > 0 is unsafe and C <= 0 is safe: both constraints rest on that.
 `--loss token-wise` compares the pair at every token from the first that differs instead.
 Twin of reward_model.py: `diff reward_model.py cost_model.py` shows what a cost adds.

@@ -200,8 +200,11 @@ def main(args):
             raise RunError(f"--runs takes NAME=FOLDER, got {item!r}")
         need(folder, f"python {name}_ppo.py")
         metrics = read_jsonl(os.path.join(folder, "metrics.jsonl"))
-        with open(os.path.join(folder, "args.json")) as file:
-            runs[name] = (json.load(file), metrics)
+        try:
+            with open(os.path.join(folder, "args.json")) as file:
+                runs[name] = (json.load(file), metrics)
+        except (OSError, json.JSONDecodeError) as error:
+            raise RunError(f"{folder}/args.json: cannot be read ({error}); was this folder written by a PPO script?") from None
     names = list(dict.fromkeys([*by_policy, *runs]))
     style = {name: (COLOURS[i % 6], DASHES[i % 6], NAMES.get(name, name)) for i, name in enumerate(names)}
     try:

@@ -119,7 +119,7 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float = 1.0, gae_l
     """E4: values of the states before each token, per-token rewards, mask (B, R) -> advantages, returns (B, R).
 
     delta_t = r_t + gamma v_{t+1} - v_t,  A_t = sum_l (gamma gae_lambda)^l delta_{t+l},  G_t = A_t + v_t
-    (Schulman et al. 2016, eq. 16). After the last token the value is 0: a response cut off at the
+    (Schulman et al. 2016). After the last token the value is 0: a response cut off at the
     length limit counts as finished. Nothing is whitened."""
     values, rewards = (torch.where(mask.bool(), x, 0.0) for x in (values, rewards))
     advantages = torch.zeros_like(values)

@@ -2,7 +2,7 @@
 
     E1   L = mean(-log s(r(x, y_better) - r(x, y_worse))) + reg * mean(r^2)        s = sigmoid
 
-Bradley-Terry on the score of the last token (Safe RLHF, eq. 3). Only differences matter to it, so
+Bradley-Terry on the score of the last token (Safe RLHF, reward model). Only differences matter to it, so
 the small regularization is what keeps the scores' level near zero.
 `--loss token-wise` compares the pair at every token from the first that differs instead.
 Twin of cost_model.py: `diff reward_model.py cost_model.py` shows what a cost adds.

@@ -1,7 +1,7 @@
 """Stage 3a: Safe RLHF, PPO-Lagrangian under an expected cost constraint (Dai et al. 2023, arXiv 2310.12773).
 
     max_theta E[R(x, y)]   subject to   E[C(x, y)] <= d          x ~ prompts, y ~ pi_theta(. | x)
-    min_theta max_{lambda >= 0}  E[-R] + lambda (E[C] - d)                           (its eq. 9 and 10)
+    min_theta max_{lambda >= 0}  E[-R] + lambda (E[C] - d)                             (its Lagrangian)
 
 The constraint is on the *average*: very safe answers pay for unsafe ones (safety compensation).
 Twin of repo_ppo.py: `diff safe_rlhf_ppo.py repo_ppo.py` is the difference of the two papers.
@@ -124,7 +124,7 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float = 1.0, gae_l
     """E4: values of the states before each token, per-token rewards, mask (B, R) -> advantages, returns (B, R).
 
     delta_t = r_t + gamma v_{t+1} - v_t,  A_t = sum_l (gamma gae_lambda)^l delta_{t+l},  G_t = A_t + v_t
-    (Schulman et al. 2016, eq. 16). After the last token the value is 0: a response cut off at the
+    (Schulman et al. 2016). After the last token the value is 0: a response cut off at the
     length limit counts as finished. Nothing is whitened."""
     values, rewards = (torch.where(mask.bool(), x, 0.0) for x in (values, rewards))
     advantages = torch.zeros_like(values)
@@ -148,7 +148,7 @@ def multiplier_step(log_lambda: Tensor, violation: Tensor, lr: float, lambda_max
 def lagrangian_advantages(reward_adv: Tensor, cost_adv: Tensor, lam: float) -> Tensor:
     """E6: advantages (B, R), (B, R) -> (B, R): A = (A_r - lambda A_c) / (1 + lambda) for every response.
 
-    The division keeps the step size when lambda grows (Safe RLHF, eq. 11 f.). Every response is
+    The division keeps the step size when lambda grows (Safe RLHF, policy update). Every response is
     pushed to a lower cost, also one that is already safe: that is the credit which pays for others."""
     return (reward_adv - lam * cost_adv) / (1 + lam)
 

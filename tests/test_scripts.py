@@ -223,6 +223,13 @@ def test_bad_input_is_one_line_and_exit_code_2(demo, monkeypatch, capsys, script
     assert code == 2 and message in line and "error: " in line
 
 
+def test_a_run_folder_without_args_is_one_clear_error(demo, monkeypatch, capsys):
+    (demo / "runs/demo/no_args").mkdir()
+    shutil.copy(demo / "runs/demo/repo/metrics.jsonl", demo / "runs/demo/no_args")
+    code, line = run_in(demo, monkeypatch, capsys, "plots.py", "--runs", "repo=runs/demo/no_args")
+    assert code == 2 and "args.json: cannot be read" in line
+
+
 def test_a_non_finite_score_names_itself_and_leaves_no_model(demo, monkeypatch, capsys):
     broken = demo / "runs/demo/broken_reward/model"
     shutil.copytree(demo / "runs/demo/reward_model/model", broken)
