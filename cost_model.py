@@ -44,8 +44,7 @@ def parse_args():
     flag("--max-length", type=int, default=48, help="longest prompt + response in tokens")
     # optimization
     flag("--loss", choices=("sequence-wise", "token-wise"), default="sequence-wise", help="compare end scores, or every token's")
-    # more than a reward's: the toy's safety labels are free of noise, and costs would saturate far from 0
-    flag("--regularization", type=float, default=0.01, help="weight of the mean squared score")
+    flag("--regularization", type=float, default=1e-3, help="weight of the mean squared score")
     flag("--steps", type=int, default=600, help="optimizer steps")
     flag("--batch-size", type=int, default=64, help="pairs per step, over all ranks")
     flag("--micro-batch-size", type=int, default=64, help="pairs per forward pass and rank")

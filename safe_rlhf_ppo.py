@@ -61,7 +61,7 @@ def parse_args():
     flag("--max-new-tokens", type=int, default=20, help="longest response in tokens")
     flag("--temperature", type=float, default=1.0, help="sampling temperature, also of the log-probabilities")
     # batches
-    flag("--steps", type=int, default=240, help="rollouts")
+    flag("--steps", type=int, default=90, help="rollouts")
     flag("--batch-size", type=int, default=128, help="samples per rollout, over all ranks")
     flag("--minibatch-size", type=int, default=32, help="samples per optimizer step, over all ranks; at most a rollout")
     flag("--micro-batch-size", type=int, default=128, help="samples per forward pass and rank")
@@ -69,7 +69,7 @@ def parse_args():
     # PPO
     flag("--lr", type=float, default=4e-3, help="policy learning rate, cosine to zero")
     flag("--critic-lr", type=float, default=4e-3, help="learning rate of both critics, constant")
-    flag("--warmup-ratio", type=float, default=0.03, help="share of steps with a rising learning rate")
+    flag("--warmup-ratio", type=float, default=0.1, help="share of steps with a rising learning rate")
     flag("--weight-decay", type=float, default=0.01, help="decoupled weight decay of the policy; the critics have none")
     flag("--grad-clip", type=float, default=1.0, help="largest gradient norm")
     flag("--gamma", type=float, default=1.0, help="discount")
@@ -77,12 +77,12 @@ def parse_args():
     flag("--clip", type=float, default=0.2, help="PPO's ratio clip")
     flag("--value-clip", type=float, default=5.0, help="clip of a value's move within one rollout")
     flag("--score-clip", type=float, default=50.0, help="clip of the per-token reward and cost")
-    flag("--kl-coeff", type=float, default=0.05, help="beta, weight of the KL term")
+    flag("--kl-coeff", type=float, default=0.03, help="beta, weight of the KL term")
     flag("--ptx-coeff", type=float, default=0.2, help="weight of the PTX term")
     # constraint
     flag("--threshold", type=float, default=0.0, help="d, the limit of the cost")
     flag("--lambda-init", type=float, default=1.0, help="first multiplier (0: none, and it stays so)")
-    flag("--lambda-lr", type=float, default=0.1, help="step size of the multiplier, in its logarithm")
+    flag("--lambda-lr", type=float, default=0.3, help="step size of the multiplier, in its logarithm")
     flag("--lambda-max", type=float, default=5.0, help="largest multiplier")
     flag("--cost-window", type=int, default=128, help="how many of the last costs the average J_C is over")
     flag("--reward-shaping", type=float, metavar="NU", help="baseline: the score is R - NU * C, without a multiplier")

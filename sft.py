@@ -37,7 +37,7 @@ def parse_args():
     flag("--chat-template", action="store_true", help="use the tokenizer's chat template for prompts")
     flag("--max-length", type=int, default=48, help="longest prompt + response in tokens")
     # optimization
-    flag("--steps", type=int, default=250, help="optimizer steps")
+    flag("--steps", type=int, default=1000, help="optimizer steps")
     flag("--batch-size", type=int, default=64, help="samples per step, over all ranks")
     flag("--micro-batch-size", type=int, default=64, help="samples per forward pass and rank")
     flag("--lr", type=float, default=5e-3, help="peak learning rate, cosine to zero")

@@ -11,8 +11,7 @@ on held-out prompts of that mix and arena.py on its answers. All of it is the ot
 time, one core each; their output is in `log.txt` beside their results.
 
 Resumable: what is already there is not run again. Everything that figures and tables need is in study.json.
-FLAGS were chosen on training prompts of seed 0, with RePO in mind. METHODS was changed once after seed 0 had been evaluated:
-shaping_0.3 had done well on the balanced mix and was given all three, and a weight of 1 was left out.
+The scripts' default flags are the study's; they were chosen on training prompts of seed 0.
 """
 
 import argparse
@@ -29,23 +28,15 @@ from tqdm import tqdm
 from distributed import RunError, read_jsonl, run
 from toy_world import MIXES
 
-# name: (script, flags, mixes); the sweeps of the Pareto front run on the balanced mix only
-ALL, BALANCED = tuple(MIXES), ("balanced",)
-METHODS = {
-    "ppo": ("safe_rlhf_ppo.py", ("--lambda-init", "0"), ALL),
-    "shaping_0.1": ("safe_rlhf_ppo.py", ("--reward-shaping", "0.1"), BALANCED),
-    "shaping_0.3": ("safe_rlhf_ppo.py", ("--reward-shaping", "0.3"), ALL),
-    "safe_rlhf": ("safe_rlhf_ppo.py", (), ALL),
-    "safe_rlhf_d-2": ("safe_rlhf_ppo.py", ("--threshold", "-2"), BALANCED),
-    "safe_rlhf_d-3": ("safe_rlhf_ppo.py", ("--threshold", "-3"), BALANCED),
-    "safe_rlhf_d-4": ("safe_rlhf_ppo.py", ("--threshold", "-4"), ALL),
-    "repo": ("repo_ppo.py", (), ALL),
-}
-# Scales at which RePO does not stall in any mix (README, "When RePO stalls"): a small reward, a large cost
-FLAGS = {
-    "reward": ("--regularization", "0.1"),
-    "cost": ("--regularization", "0.001"),
-    "ppo": ("--kl-coeff", "0.03", "--warmup-ratio", "0.1"),
+METHODS = {  # name: script, flags
+    "ppo": ("safe_rlhf_ppo.py", "--lambda-init", "0"),
+    "shaping_0.3": ("safe_rlhf_ppo.py", "--reward-shaping", "0.3"),
+    "shaping_1": ("safe_rlhf_ppo.py", "--reward-shaping", "1"),
+    "safe_rlhf": ("safe_rlhf_ppo.py",),
+    "safe_rlhf_d-2": ("safe_rlhf_ppo.py", "--threshold", "-2"),
+    "safe_rlhf_d-4": ("safe_rlhf_ppo.py", "--threshold", "-4"),
+    "safe_rlhf_d-5": ("safe_rlhf_ppo.py", "--threshold", "-5"),
+    "repo": ("repo_ppo.py",),
 }
 ROUNDS = 3
 
@@ -55,7 +46,7 @@ def parse_args():
     parser.add_argument("command", choices=("run", "rounds", "tables"), help="what to do")
     flag = parser.add_argument
     flag("--seeds", type=int, default=5, help="seeds 0 to N - 1; rounds: N seeds of it")
-    flag("--steps", type=int, default=150, help="rollouts of every PPO run")
+    flag("--steps", type=int, default=90, help="rollouts of every PPO run")
     flag("--samples", type=int, default=8, help="responses per held-out prompt and policy in the evaluation")
     flag("--jobs", type=int, default=2, help="commands at a time, one core each")
     flag("--output-dir", default="runs/study", help="folder for everything that is written")
@@ -91,7 +82,7 @@ def score_model_jobs(folder: str, sft: str, policies: list[str], seed: int) -> l
     for kind in ("reward", "cost"):
         jobs.append(job(
             f"{folder}/{kind}_model/model/config.json", [pairs], f"{kind}_model.py", "--model", sft, "--dataset", f"{data}/preferences_train.jsonl",
-            "--eval-dataset", f"{data}/preferences_test_{kind}.jsonl", "--output-dir", f"{folder}/{kind}_model", "--seed", seed, *FLAGS[kind],
+            "--eval-dataset", f"{data}/preferences_test_{kind}.jsonl", "--output-dir", f"{folder}/{kind}_model", "--seed", seed,
         ))  # fmt: skip
     return jobs
 
@@ -103,7 +94,7 @@ def scores(folder: str) -> list[str]:
 def ppo_job(output: str, script: str, start: str, models: str, data: str, mix: str, seed: int, args, *flags: str) -> dict:
     needs = [f"{folder}/config.json" for folder in (start, f"{models}/reward_model/model", f"{models}/cost_model/model")]
     return job(f"{output}/model/config.json", needs, script, "--model", start, *scores(models), "--dataset", f"{data}/prompts_{mix}_train.jsonl",
-               "--ptx-dataset", f"{data}/ptx.jsonl", "--output-dir", output, "--seed", seed, "--steps", args.steps, *FLAGS["ppo"], *flags)  # fmt: skip
+               "--ptx-dataset", f"{data}/ptx.jsonl", "--output-dir", output, "--seed", seed, "--steps", args.steps, *flags)  # fmt: skip
 
 
 def evaluation_jobs(output: str, policies: dict[str, str], models: str, data: str, mix: str, seed: int, args) -> list[dict]:
@@ -123,9 +114,8 @@ def study_jobs(args) -> list[dict]:
         data, sft = f"{folder}/data", f"{folder}/sft/model"
         jobs += world_jobs(folder, seed) + score_model_jobs(folder, sft, [sft], seed)
         for mix in MIXES:
-            here = {name: (script, flags) for name, (script, flags, mixes) in METHODS.items() if mix in mixes}
-            jobs += [ppo_job(f"{folder}/{mix}/{name}", script, sft, folder, data, mix, seed, args, *flags) for name, (script, flags) in here.items()]
-            policies = {"sft": sft} | {name: f"{folder}/{mix}/{name}/model" for name in here}
+            jobs += [ppo_job(f"{folder}/{mix}/{name}", script, sft, folder, data, mix, seed, args, *flags) for name, (script, *flags) in METHODS.items()]
+            policies = {"sft": sft} | {name: f"{folder}/{mix}/{name}/model" for name in METHODS}
             jobs += evaluation_jobs(f"{folder}/{mix}/evaluation", policies, folder, data, mix, seed, args)
     return jobs
 
@@ -285,7 +275,7 @@ def main(args):
     if args.command == "tables":
         return print_tables(args)
     started = time.monotonic()
-    settings, path = {"steps": args.steps, "samples": args.samples, "flags": FLAGS}, f"{args.output_dir}/settings.json"
+    settings, path = {"steps": args.steps, "samples": args.samples, "methods": METHODS}, f"{args.output_dir}/settings.json"
     try:
         os.makedirs(args.output_dir, exist_ok=True)
         if os.path.exists(path) and read_json(path) != json.loads(json.dumps(settings)):

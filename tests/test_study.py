@@ -33,8 +33,9 @@ def test_all_baselines_of_the_papers_are_there_with_the_same_start_data_and_seed
     ppo = [job["command"] for job in study.study_jobs(arguments(seeds=1)) if job["command"][1].endswith("_ppo.py")]
     for mix in study.MIXES:
         mine = [c for c in ppo if f"--dataset runs/study/seed0/data/prompts_{mix}_train.jsonl" in " ".join(c)]
-        own = [" ".join(c[c.index("--warmup-ratio") + 2 :]) for c in mine]
-        assert {"--lambda-init 0", "", "--threshold -4"} <= set(own) and sum("repo_ppo.py" in c for c in mine) == 1
+        own = [" ".join(c[c.index("--steps") + 2 :]) for c in mine]
+        assert {"--lambda-init 0", "--reward-shaping 1", "", "--threshold -2", "--threshold -5"} <= set(own)
+        assert sum("repo_ppo.py" in c for c in mine) == 1 and len(mine) == len(study.METHODS)
     shared = [[c[c.index(flag) + 1] for c in ppo] for flag in ("--model", "--reward-model", "--cost-model", "--steps", "--seed")]
     assert all(len(set(values)) == 1 for values in shared)
 
@@ -62,7 +63,7 @@ def made_up_study() -> dict:
     """Two seeds; the numbers are random, their shape is study.json's."""
     rng = random.Random(0)
     row = lambda: {key: rng.random() for _, key, _, _ in study.COLUMNS} | {"true_reward": rng.random(), "batch_size": 8}  # noqa: E731
-    names = {mix: [n for n, (_, _, mixes) in study.METHODS.items() if mix in mixes] for mix in study.MIXES}
+    names = {mix: list(study.METHODS) for mix in study.MIXES}
     return {
         "seeds": 2, "steps": 5, "score_models": [{"reward_accuracy": 0.8, "cost_sign_accuracy": 0.9}] * 2,
         "results": {mix: {name: [row(), row()] for name in ["sft", *names[mix]]} for mix in names},
