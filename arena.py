@@ -32,6 +32,7 @@ import math
 import os
 import random
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
@@ -257,6 +258,7 @@ def main(args):
     endpoint = Endpoint(args) if judge == "endpoint" else None
     result: dict = {"judge": judge, "policies": names, "comparisons_per_pair": len(chosen), "pairs": {}, "elo": {}, "args": vars(args)}
     outcomes: dict = {aspect: {} for aspect in ASPECTS}
+    asked, unparsable = Counter(), Counter()
     for (i, a), (j, b) in combinations(enumerate(names), 2):
         pairs = [(by_policy[a][k], by_policy[b][k]) for k in chosen]
         entry = {"arena": arena_counts(*zip(*pairs), reward, cost)}
@@ -265,6 +267,8 @@ def main(args):
         for aspect in ASPECTS:
             if endpoint:
                 values, report = endpoint.compare(aspect, pairs)
+                asked[aspect] += report["asked"]
+                unparsable[aspect] += report["unparsable"]
             elif aspect == "helpfulness":
                 values, report = [points(x[reward], y[reward]) for x, y in pairs], {}
             else:
@@ -283,7 +287,7 @@ def main(args):
 
     # ------------------------------------------------------------------ 3 rate
     for aspect in ASPECTS:
-        if not any(outcomes[aspect].values()):
+        if asked[aspect] and asked[aspect] == unparsable[aspect]:  # what is left are pairs of equal answers
             raise RunError(f"no reply of {args.judge_model} held a verdict about {aspect}; see {args.evaluation}/judgements.jsonl")
         result["elo"][aspect] = dict(zip(names, elo(outcomes[aspect], len(names), args.bootstrap, args.seed)))
     path = os.path.join(args.evaluation, f"arena_{judge}.json")
@@ -295,8 +299,7 @@ def main(args):
         raise RunError(f"cannot write {path} ({error.strerror})") from None
     print(table(result))
     if endpoint:
-        asked, unparsable = (sum(e[aspect][key] for e in result["pairs"].values() for aspect in ASPECTS) for key in ("asked", "unparsable"))
-        print(f"{unparsable} of {asked} replies held no verdict; their pairs are left out")
+        print(f"{unparsable.total()} of {asked.total()} replies held no verdict; their pairs are left out")
 
 
 if __name__ == "__main__":

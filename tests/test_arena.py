@@ -144,6 +144,16 @@ def test_a_judge_behind_an_endpoint(evaluation, endpoint, monkeypatch, capsys):
     assert len(requests) == 16
 
 
+def test_a_judge_that_gives_no_verdict_rates_nobody(evaluation, endpoint, monkeypatch, capsys):
+    path = evaluation / "responses.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"response": row["response"] + " MUMBLE"}) + "\n" for row in rows))
+    flags = ("--evaluation", str(evaluation), "--judge-url", endpoint[0], "--judge-model", "judge-1")
+    code, error = run_in(evaluation, monkeypatch, capsys, "arena.py", *flags)  # the equal answers of a and c are no comfort
+    assert code == 2 and "no reply of judge-1 held a verdict about helpfulness" in error
+    assert not (evaluation / "arena_endpoint.json").exists()
+
+
 def test_other_files_are_refused(tmp_path, monkeypatch, capsys):
     for text, message in (("", "no rows"), ("[1]\n", "no objects"), ("{\n", "cannot be read"), ('{"policy": "a"}\n', "row 1: lacks cost")):
         (tmp_path / "responses.jsonl").write_text(text)
