@@ -92,7 +92,7 @@ def scatter(by_policy: dict, style: dict):
         ax.scatter([r["cost"] for r in rows], [r["reward"] for r in rows], s=8, color=style[name][0], alpha=0.5, linewidths=0, rasterized=True)
         ax.axvline(0, color="black", linewidth=1.2)
         safe = sum(r["cost"] <= 0 for r in rows) / len(rows)
-        ax.set_title(f"{style[name][2]}: {safe:.0%} safe")
+        ax.set_title(f"{style[name][2]}: {safe:.1%} safe")
         ax.text(0.02, 0.02, "safe", transform=ax.transAxes, ha="left", va="bottom")
         ax.text(0.98, 0.02, "unsafe", transform=ax.transAxes, ha="right", va="bottom")
         ax.set_xlabel("cost C(x, y), learned (score)")
@@ -136,7 +136,7 @@ def distributions(by_policy: dict, style: dict):
         ax.axvline(0, color="black", linewidth=1.2)
         average = sum(costs) / len(costs)
         ax.axvline(average, color="black", linestyle=":", linewidth=1.5)
-        ax.set_title(f"{style[name][2]}: safety rate {sum(c <= 0 for c in costs) / len(costs):.0%}, mean cost {average:+.1f} (dotted)")
+        ax.set_title(f"{style[name][2]}: safety rate {sum(c <= 0 for c in costs) / len(costs):.1%}, mean cost {average:+.1f} (dotted)")
         ax.set_ylabel("responses (%)")
     axes[-1, 0].set_xlabel("cost C(x, y), learned (score); hatched: unsafe")
     return figure
@@ -244,34 +244,38 @@ def mixes(study: dict, smooth: int):
 
 
 def pareto(study: dict):
-    """Both axes by the truth; the upper right is best."""
-    results = study["results"]["balanced"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharex=True, layout="constrained")
-    sweeps = (
-        ([n for n in results if n == "ppo" or n.startswith("shaping")], "#009E73", "s", "reward shaping (PPO: $\\nu$ = 0)"),
-        ([n for n in results if n.startswith("safe_rlhf")], "#D55E00", "o", "Safe RLHF (limit d)"),
-        (["repo"], "#0072B2", "D", "RePO"),
-        (["sft"], "#7F7F7F", "X", "SFT (initial)"),
+    """A column per mix, both axes by the truth; the upper right is best. A point stands below its namesake of the upper row."""
+    figure, axes = plt.subplots(
+        2, len(study["results"]), figsize=(5 * len(study["results"]), 8.5), sharex="col", sharey="row", squeeze=False, layout="constrained"
     )
-    for ax, key, title in ((axes[0], "true_reward", "all prompts"), (axes[1], "benign_reward", "benign prompts")):
-        for names, colour, marker, label in sweeps:
-            points = [([100 - 100 * r["true_unsafe_rate"] for r in results[n]], [r[key] for r in results[n]]) for n in names]
-            x, y = ([statistics.mean(p[i]) for p in points] for i in (0, 1))
-            dx, dy = ([statistics.stdev(p[i]) if len(p[i]) > 1 else 0 for p in points] for i in (0, 1))
-            ax.errorbar(x, y, xerr=dx, yerr=dy, fmt="none", ecolor=colour, alpha=0.35, capsize=2)
-            ax.plot(x, y, color=colour, marker=marker, markersize=8, linewidth=1, label=label)
-            for name, a, b in zip(names, x, y):
-                if len(names) > 1:
-                    text = "$\\nu$ = 0" if name == "ppo" else "d = 0" if name == "safe_rlhf" else pretty(name).split(", ")[1]
-                    left, above = name.startswith("safe_rlhf"), name in ("ppo", "safe_rlhf_d-3") or name.startswith("shaping")
-                    ax.annotate(text, (a, b), xytext=(-6 if left else 6, 6 if above else -6), textcoords="offset points", fontsize=9,
-                                color=colour, ha="right" if left else "left", va="bottom" if above else "top")  # fmt: skip
-        ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= 100])
-        ax.set_xlim(right=112)  # room for the labels
-        ax.set_xlabel("truly safe responses (%)")
-        ax.set_ylabel("mean true reward")
-        ax.set_title(f"Helpfulness on {title}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(sweeps), frameon=False)
+    for column, (mix, results) in enumerate(study["results"].items()):
+        sweeps = (
+            ([n for n in results if n == "ppo" or n.startswith("shaping")], "#009E73", "s", "reward shaping (PPO: $\\nu$ = 0)"),
+            ([n for n in results if n.startswith("safe_rlhf")], "#D55E00", "o", "Safe RLHF (limit d)"),
+            (["repo"], "#0072B2", "D", "RePO"),
+            (["sft"], "#7F7F7F", "X", "SFT (initial)"),
+        )
+        for ax, key in ((axes[0][column], "true_reward"), (axes[1][column], "benign_reward")):
+            for names, colour, marker, label in sweeps:
+                points = [([100 - 100 * r["true_unsafe_rate"] for r in results[n]], [r[key] for r in results[n]]) for n in names]
+                x, y = ([statistics.mean(p[i]) for p in points] for i in (0, 1))
+                dx, dy = ([statistics.stdev(p[i]) if len(p[i]) > 1 else 0 for p in points] for i in (0, 1))
+                ax.errorbar(x, y, xerr=dx, yerr=dy, fmt="none", ecolor=colour, alpha=0.35, capsize=2)
+                ax.plot(x, y, color=colour, marker=marker, markersize=8, linewidth=1, label=label)
+                for name, a, b in zip(names, x, y):
+                    if len(names) > 1 and key == "true_reward":
+                        text = "$\\nu$ = 0" if name == "ppo" else "d = 0" if name == "safe_rlhf" else pretty(name).split(", ")[1]
+                        left = name.startswith("safe_rlhf")  # of its point, so that the sweeps do not cover each other's labels
+                        ax.annotate(text, (a, b), xytext=(-5, -5) if left else (5, 5), textcoords="offset points", fontsize=9,
+                                    color=colour, ha="right" if left else "left", va="top" if left else "bottom")  # fmt: skip
+            ax.margins(y=0.1)
+            ax.set_xlim(right=100 + 0.14 * (100 - ax.get_xlim()[0]))  # room for the labels
+            ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= 100])
+        axes[0][column].set_title(mix.replace("_", " "))
+        axes[1][column].set_xlabel("truly safe responses (%)")
+    axes[0][0].set_ylabel("mean true reward, all prompts")
+    axes[1][0].set_ylabel("mean true reward, benign prompts")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -285,7 +289,7 @@ def lambdas(study: dict):
         ax.set_xlabel("step (rollouts)")
         ax.set_yscale("log")
     axes[0][0].set_ylabel("multiplier $\\lambda$")
-    axes[0][0].legend(frameon=False)
+    axes[0][-1].legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.85))  # below RePO's line
     return figure
 
 

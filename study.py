@@ -254,9 +254,9 @@ def print_tables(args) -> None:
         for mix, results in study["results"].items():
             print(f"\n**{mix}**: {study['seeds']} seeds, {study['steps']} rollouts, mean ± sd\n\n{markdown(results)}")
             ratio = [100 * a["benign_reward"] / b["benign_reward"] for a, b in zip(results["repo"], results["safe_rlhf"])]
-            unsafe = [f"{100 * row['true_unsafe_rate']:.1f}" for row in results["repo"]]
-            print(f"\nRePO, seed by seed: truly unsafe {', '.join(unsafe)}%; true reward on benign prompts in % of Safe RLHF's "
-                  f"{', '.join(f'{r:.1f}' for r in ratio)} (mean {spread(ratio, 1)})")  # fmt: skip
+            unsafe = {name: ", ".join(f"{100 * row['true_unsafe_rate']:.1f}" for row in results[name]) for name in ("safe_rlhf", "repo")}
+            print(f"\nSeed by seed: truly unsafe Safe RLHF {unsafe['safe_rlhf']}%, RePO {unsafe['repo']}%; RePO's true reward on benign prompts "
+                  f"in % of Safe RLHF's {', '.join(f'{r:.1f}' for r in ratio)} (mean {spread(ratio, 1)})")  # fmt: skip
         accuracy = [spread([100 * row[key] for row in study["score_models"]], 1) for key in ("reward_accuracy", "cost_sign_accuracy")]
         print(f"\nReward models order {accuracy[0]}% of the held-out pairs rightly, cost models have the sign right in {accuracy[1]}%.")
     if os.path.exists(rounds):

@@ -80,7 +80,7 @@ def test_tables_and_figures_come_from_study_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["study.py", "tables", "--output-dir", str(tmp_path)])
     study.main(study.parse_args())
     out = capsys.readouterr().out
-    assert "| repo | 2.0 ± 1.4 |" in out and "truly unsafe 1.0, 3.0%" in out and "| sft | 53.1 | - | 1.00 |" in out
+    assert "| repo | 2.0 ± 1.4 |" in out and "RePO 1.0, 3.0%" in out and "| sft | 53.1 | - | 1.00 |" in out
     code, error = run_in(tmp_path, monkeypatch, capsys, "plots.py", "--study", "study.json", "--output-dir", "figures")
     assert code == 0, error
     for name in ("mixes", "pareto", "lambdas"):
