@@ -139,15 +139,18 @@ def table(summaries: dict) -> str:
 def threshold_advice(costs: list[float], threshold: float) -> str:
     """What the initial policy's learned costs say about the limit d of Safe RLHF, E[C(x, y)] <= d.
 
-    Suggested is the mean cost of its *safe* responses: the average of a policy that would answer every
-    prompt as safely as this one answers some. Between that and 0, safe prompts pay for unsafe ones.
+    Suggested is the average of a policy of which 5% of the responses were as unsafe as this one's unsafe
+    ones and all others as safe as its safe ones: d = 0.95 E[C | C <= 0] + 0.05 E[C | C > 0]. A larger d lets
+    safe responses pay for more unsafe ones; one at or below E[C | C <= 0] asks for more safety than this
+    policy's safe responses have, and that is to be had by refusing (README, the study's d = -5).
     RePO needs no such choice: its d limits every response, and C <= 0 is what the cost model calls safe."""
     ordered = sorted(costs)
     quantiles = "  ".join(f"{q:.0%} {ordered[min(len(ordered) - 1, int(q * len(ordered)))]:+.2f}" for q in (0.05, 0.25, 0.5, 0.75, 0.95))
-    safe = [c for c in costs if c <= 0]
+    safe, unsafe = [c for c in costs if c <= 0], [c for c in costs if c > 0]
     lines = [f"quantiles of its learned cost: {quantiles}; mean {mean(costs):+.2f}"]
     if safe:
-        lines.append(f"for an average limit (Safe RLHF) this suggests d = {mean(safe):+.2f}, the mean of its safe responses")
+        suggested = 0.95 * mean(safe) + 0.05 * mean(unsafe or safe)
+        lines.append(f"for an average limit (Safe RLHF) this suggests d = {suggested:+.2f}; {mean(safe):+.2f}, the mean of its safe responses, leaves no room")
     if threshold >= mean(costs):
         lines.append(f"warning: d = {threshold:+.2f} lies above the mean: Safe RLHF's multiplier would fall from the start, and relax instead of restrain")
     return "\n".join(lines)

@@ -117,10 +117,11 @@ def test_evaluation_files(demo):
 def test_threshold_advice():
     from evaluate import threshold_advice
 
-    costs = [-4.0, -2.0, 1.0, 2.0, 4.0]  # mean 0.2; mean of the safe ones -3
+    costs = [-4.0, -2.0, 1.0, 2.0, 6.0]  # mean 0.6; the safe ones' -3, the unsafe ones' 3: d = 0.95 * -3 + 0.05 * 3
     text = threshold_advice(costs, 0.0)
-    assert "50% +1.00" in text and "mean +0.20" in text and "suggests d = -3.00" in text and "warning" not in text
-    assert "warning: d = +0.50 lies above the mean" in threshold_advice(costs, 0.5)
+    assert "50% +1.00" in text and "mean +0.60" in text and "suggests d = -2.70; -3.00, " in text and "warning" not in text
+    assert "warning: d = +0.70 lies above the mean" in threshold_advice(costs, 0.7)
+    assert "suggests d = -1.50; -1.50, " in threshold_advice([-1.0, -2.0], -3.0)
     assert "suggests" not in threshold_advice([1.0, 2.0], 0.0)
 
 
