@@ -158,13 +158,13 @@ def test_lambda_moves_before_the_policy_does_and_once_per_rollout(demo, monkeypa
     module = __import__(module)
     used, original = [], getattr(module, function)
     monkeypatch.setattr(module, function, lambda *args: used.append(args[2]) or original(*args))
-    few = ("--steps", "3", "--batch-size", "8", "--minibatch-size", "4", "--ppo-epochs", "2", "--output-dir", "runs/demo/spy")
+    few = ("--steps", "3", "--batch-size", "8", "--minibatch-size", "4", "--ppo-epochs", "2", "--lambda-lr", "0.2", "--output-dir", "runs/demo/spy")
     monkeypatch.chdir(demo)
     monkeypatch.setattr(sys, "argv", ["x", *few])
     module.main(module.parse_args())
     log_lambda = torch.tensor(0.0, dtype=torch.float64)
     for row, lam in zip(metrics(demo, "spy"), used, strict=True):
-        log_lambda = module.multiplier_step(log_lambda, row["violation"], 0.1, 5.0)
+        log_lambda = module.multiplier_step(log_lambda, row["violation"], 0.2, 5.0)
         assert lam == row["lambda"] == pytest.approx(log_lambda.exp().item())
 
 
