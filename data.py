@@ -358,6 +358,51 @@ def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]
     return indices
 
 
+def micro_batches(batch: dict, size: int) -> list[tuple[list[int], int, dict]]:
+    """A batch in pieces of at most `size` rows: [(places of its rows in the batch, its P, piece)], longest
+    rows first, each piece cut to its own longest prompt and response: a long answer widens no others.
+
+    `batch` holds sequences, attention_mask (B, P + R) and mask (B, R), and of others what scorer_ids makes
+    (B, L), tensors (B, R) or (B,), and lists of B."""
+    width = batch["sequences"].shape[1] - batch["mask"].shape[1]
+    frames = {name: spans(batch[name]) for name in batch if name.endswith("attention_mask")}
+    whole = frames["attention_mask"]  # of each row, its first real column and the one after its last
+    order = list(range(len(whole)))
+    if len(order) > size:
+        order.sort(key=lambda row: whole[row][0] - whole[row][1])
+    pieces = []
+    for rows in (order[i : i + size] for i in range(0, len(order), size)):
+        begin, end = min(whole[row][0] for row in rows), max(*(whole[row][1] for row in rows), width + 1)
+        columns = {"mask": (0, end - width), "sequences": (begin, end), "attention_mask": (begin, end)}
+        for scorer in ("reward", "cost"):
+            if own := frames.get(f"{scorer}_attention_mask"):
+                span = min(own[row][0] for row in rows), max(own[row][1] for row in rows)
+                columns |= {f"{scorer}_ids": span, f"{scorer}_attention_mask": span}
+        piece = {}
+        for name, x in batch.items():
+            piece[name] = x[rows] if isinstance(x, torch.Tensor) else [x[row] for row in rows]
+            if isinstance(x, torch.Tensor) and x.ndim == 2:
+                first, last = columns.get(name, columns["mask"])
+                piece[name] = piece[name][:, first:last]
+        pieces.append((rows, width - begin, piece))
+    return pieces
+
+
+def rejoin(parts: list[torch.Tensor], pieces: list[tuple], mask: torch.Tensor) -> torch.Tensor:
+    """Of every piece of micro_batches a (b, r) or (b,) -> (B, R) or (B,) in the old order, 0 at padding."""
+    whole = parts[0].new_zeros(mask.shape[: parts[0].ndim])
+    for part, (rows, _, piece) in zip(parts, pieces):
+        columns = piece["mask"].shape[1]
+        whole[(rows, slice(columns))[: part.ndim]] = part
+    return whole.where(mask.bool(), 0) if whole.ndim == 2 else whole
+
+
+def spans(mask: torch.Tensor) -> list[tuple[int, int]]:
+    """(B, L) -> of each row its first real column, and the one after its last."""
+    first, last = mask.argmax(1), mask.shape[1] - mask.flip(1).argmax(1)
+    return list(zip(first.tolist(), last.tolist()))
+
+
 # ------------------------------------------------------------------------------ other tokenizers
 
 

@@ -11,6 +11,7 @@ One process is the case N = 1 of the same code; nothing here needs torchrun.
 import gc
 import os
 import warnings
+from collections import OrderedDict
 from contextlib import contextmanager
 
 import torch
@@ -188,6 +189,7 @@ def shard(model: nn.Module, args, trained: bool = True) -> nn.Module:
     model.to(device())
     if bf16 and trained:
         model.forward = torch.autocast(device().type, torch.bfloat16)(model.forward)  # float32 master weights
+        model.autocast_to = torch.bfloat16
     return model
 
 
@@ -218,18 +220,38 @@ def fill(model: nn.Module, where: torch.device) -> None:
 
 @contextmanager
 def gathered(model: nn.Module):
-    """Hold the whole model on every rank. Within, a forward pass uses no collective, so that ranks
-    may sample responses of different lengths without waiting for each other."""
+    """The whole model on every rank, to sample with: a forward pass uses no collective, so that ranks may
+    sample responses of different lengths without waiting for each other. What it yields computes by the same
+    weights in the same dtype, and without the hooks and wrappers of training, which take Python more time at
+    every token than a block takes a GPU."""
     units = [m for m in model.modules() if hasattr(m, "unshard")]
     for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
-        yield model
+        yield bare(model, getattr(model, "autocast_to", None), {})
     finally:
         for unit in units:
-            unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()
+
+
+def bare(module: nn.Module, dtype: torch.dtype | None, made: dict) -> nn.Module:
+    """A module of the same tensors (cast to `dtype`, if one is given) without hooks and checkpoint wrappers.
+    `made` holds what has been made: a module or tensor that stands in two places stays one."""
+
+    def cast(p):
+        return p if p is None or dtype is None else made.setdefault(p, p.to(dtype))
+
+    inner = getattr(module, "_checkpoint_wrapped_module", module)
+    if inner not in made:
+        sharded = hasattr(inner, "unshard")  # then its class has two bases, FSDPModule and what it was
+        twin = made[inner] = object.__new__(type(inner).__bases__[-1] if sharded else type(inner))
+        twin.__dict__ = {
+            name: x for name, x in vars(inner).items() if name != "forward"
+        }  # that is autocast's
+        twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+        twin._parameters = {name: cast(p) for name, p in inner._parameters.items()}
+        twin._modules = {name: child and bare(child, dtype, made) for name, child in inner._modules.items()}
+    return made[inner]
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

@@ -216,14 +216,14 @@ def answer(name: str, folder: str, prompts: list[str], args) -> dict:
     generator = torch.Generator().manual_seed(args.seed)
     uniforms = deal(torch.rand(len(asked), args.max_new_tokens, generator=generator))
     asked, rows, all_ids, size = deal(asked), [], [], args.micro_batch_size
-    with gathered(policy):
+    with gathered(policy) as sampler:
         for start in runs.progress(range(0, len(asked), size), desc=f"{name} answers", disable=rank() > 0):
             batch = asked[start : start + size]
             prompt_ids = encode_prompts(tokenizer, batch, args.chat_template)
             ids, mask = pad(prompt_ids, padding, side="left")
             ids, mask, drawn = (x.to(device()) for x in (ids, mask, uniforms[start : start + size]))
             limits = args.max_new_tokens, args.temperature, args.top_p
-            sequences, log_probs = generate(policy, ids, mask, *limits, ends, padding, drawn)
+            sequences, log_probs = generate(sampler, ids, mask, *limits, ends, padding, drawn)
             check_finite(start, **{f"log-probability of {name}": log_probs})
             responses = sequences[:, ids.shape[1] :]
             real, last = response_mask(responses, ends).bool(), is_end(responses, ends)

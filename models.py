@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 from files import InputError, read_json, reading, reason, write_json
@@ -400,6 +401,33 @@ def truncate_top_p(probs: Tensor, top_p: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
+class Room(DynamicLayer):
+    """A layer's keys and values (B, heads, L, head_dim), with room for `more` tokens from the start: where
+    DynamicLayer copies all of them at every token (torch.cat), this one writes the new token in place."""
+
+    def __init__(self, filled: DynamicLayer, more: int):
+        super().__init__()
+        self.lazy_initialization(filled.keys, filled.values)
+        self.length = filled.keys.shape[2]
+        self.whole = []
+        for old in (filled.keys, filled.values):
+            batch, heads, length, width = old.shape
+            self.whole.append(old.new_empty(batch, heads, length + more, width))
+            self.whole[-1][:, :, :length] = old
+        self.keys, self.values = (x[:, :, : self.length] for x in self.whole)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        begin, self.length = self.length, self.length + key_states.shape[2]
+        for whole, states in zip(self.whole, (key_states, value_states)):
+            whole[:, :, begin : self.length] = states
+        self.keys, self.values = (x[:, :, : self.length] for x in self.whole)
+        return self.keys, self.values
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        self.whole = [x[rows] for x in self.whole]
+        self.keys, self.values = (x[:, :, : self.length] for x in self.whole)
+
+
 @torch.no_grad()
 def generate(
     policy,
@@ -420,19 +448,24 @@ def generate(
     `temperature=0` is greedy (all mass on one word, so its log-probability is 0).
 
     A token inverts the CDF at a uniform number. `uniforms` (B, max_new_tokens) lets the caller draw
-    them for the global batch, so that a row's samples do not depend on which rank computes it.
+    them for the global batch, so that a row's samples do not depend on which rank computes it, nor on
+    which rows are left beside it: rows that have ended are dropped.
     """
     batch, width = prompt_ids.shape
+    place = {"device": prompt_ids.device}
     if uniforms is None:
-        uniforms = torch.rand(batch, max_new_tokens, device=prompt_ids.device)
-    sequences, mask, cache = prompt_ids, prompt_mask, None
-    positions, inputs = position_ids(prompt_mask), prompt_ids
-    ended = torch.zeros(batch, dtype=torch.bool, device=prompt_ids.device)
-    log_probs = []
+        uniforms = torch.rand(batch, max_new_tokens, **place)
+    padding = 0 if pad_token_id is None else pad_token_id
+    sequences = torch.cat([prompt_ids, prompt_ids.new_full((batch, max_new_tokens), padding)], 1)
+    log_probs = torch.zeros(batch, max_new_tokens, **place)
+    rows = torch.arange(batch, **place)  # those that are still in the batch; of these
+    ended = torch.zeros(batch, dtype=torch.bool, **place)  # have ended
+    mask = torch.cat([prompt_mask, prompt_mask.new_ones(batch, max_new_tokens)], 1)
+    positions, inputs, cache = position_ids(prompt_mask), prompt_ids, None
     for t in range(max_new_tokens):
         output = policy(
             input_ids=inputs,
-            attention_mask=mask,
+            attention_mask=mask[:, : width + t],
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -440,7 +473,12 @@ def generate(
         )
         if not hasattr(output, "past_key_values"):
             raise ModelError(f"{policy.config.model_type} gives no key-value cache, and sampling goes by one")
-        logits, cache = output.logits[:, -1].float(), output.past_key_values  # (B, V)
+        logits = output.logits[:, -1].float()  # (B, V)
+        if cache is None:
+            cache = output.past_key_values
+            for i, layer in enumerate(getattr(cache, "layers", ())):
+                if type(layer) is DynamicLayer and layer.is_initialized:  # no sliding window, no other state
+                    cache.layers[i] = Room(layer, max_new_tokens - 1)
         if temperature == 0:
             token = logits.argmax(-1)
             log_prob = torch.zeros_like(logits[:, 0])
@@ -450,22 +488,24 @@ def generate(
                 probs = truncate_top_p(probs, top_p)
             # float64: a float32 running sum over a vocabulary of 100,000 loses the rare words
             cdf = probs.double().cumsum(-1)
-            token = torch.searchsorted(
-                cdf, uniforms[:, t : t + 1].double() * cdf[:, -1:], right=True
-            ).squeeze(1)
-            token = token.clamp(max=probs.shape[1] - 1)
+            drawn = uniforms[rows, t : t + 1].double() * cdf[:, -1:]
+            token = torch.searchsorted(cdf, drawn, right=True).squeeze(1).clamp(max=probs.shape[1] - 1)
             log_prob = probs.gather(1, token[:, None]).squeeze(1).log()
-        if pad_token_id is not None:
-            token = torch.where(ended, pad_token_id, token)
-        log_probs.append(torch.where(ended, 0.0, log_prob))
-        sequences = torch.cat([sequences, token[:, None]], 1)
-        mask = torch.cat([mask, (~ended).long()[:, None]], 1)
+        token = torch.where(ended, padding, token)
+        sequences[rows, width + t] = token
+        log_probs[rows, t] = torch.where(ended, 0.0, log_prob)
+        inputs, positions = token[:, None], positions[:, -1:] + 1
         if eos_token_id is not None:
             ended = ended | is_end(token, eos_token_id)
-            if ended.all():
+            left = len(rows) - int(ended.sum())
+            if left == 0:
                 break
-        inputs, positions = token[:, None], positions[:, -1:] + 1
-    return sequences, torch.stack(log_probs, 1)
+            if left <= 0.75 * len(rows):  # each time a copy of what is left: not for every single row
+                kept = (~ended).nonzero().squeeze(1)
+                cache.reorder_cache(kept)
+                rows, ended, mask = rows[kept], ended[kept], mask[kept]
+                inputs, positions = inputs[kept], positions[kept]
+    return sequences[:, : width + t + 1], log_probs[:, : t + 1]
 
 
 # ------------------------------------------------------------------------------ log-probabilities

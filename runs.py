@@ -340,7 +340,7 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    return AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def check_finite(step: int, **values) -> None:

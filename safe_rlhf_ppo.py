@@ -34,7 +34,7 @@ from torch import Tensor
 import data
 import models
 import runs
-from data import batch_indices, frame, pad, same_tokenizer
+from data import batch_indices, frame, micro_batches, pad, rejoin, same_tokenizer
 from distributed import clip_gradients, deal, device, gather_rows, gathered, loading, shard, world_size
 from models import (
     end_scores,
@@ -229,9 +229,9 @@ def sample_rollout(policy, prompts: list[str], tokenizer, ends: list[int], step:
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     uniforms = deal(torch.rand(args.batch_size, args.max_new_tokens, generator=generator)).to(device())
     padding = tokenizer.pad_token_id
-    with gathered(policy):
+    with gathered(policy) as sampler:
         sequences, log_probs = generate(
-            policy, ids, prompt_mask, args.max_new_tokens, args.temperature, 1.0, ends, padding, uniforms
+            sampler, ids, prompt_mask, args.max_new_tokens, args.temperature, 1.0, ends, padding, uniforms
         )
     mask = response_mask(sequences[:, width:], ends)  # (B, R)
     spoken = mask.bool() & ~is_end(sequences[:, width:], ends)
@@ -246,16 +246,18 @@ def sample_rollout(policy, prompts: list[str], tokenizer, ends: list[int], step:
         "responses": data.decode_responses(tokenizer, prompt_ids, responses),
     }
     if args.dtype == "bf16":
-        # decoding rounds otherwise than a pass over whole sequences does: without this one, E7's ratios would
-        # not begin at 1, and some not even within the clip (docs/scaling.md)
-        rows = split(rollout, args.micro_batch_size)
-        passes = [(part["sequences"], part["attention_mask"], width, args.temperature) for part in rows]
-        rollout["log_probs"] = torch.cat([token_log_probs(policy, *inputs) for inputs in passes])
+        # decoding rounds otherwise than a pass over whole sequences does: E7's ratios would not begin at 1,
+        # and some not even within the clip (docs/scaling.md). So once more, in the pieces of update()
+        for batch in split(rollout, args.minibatch_size // world_size()):
+            for rows, width, part in micro_batches(batch, args.micro_batch_size):
+                inputs = part["sequences"], part["attention_mask"], width, args.temperature
+                # a slice: what is written here is the rollout's
+                batch["log_probs"][rows, : part["mask"].shape[1]] = token_log_probs(policy, *inputs)
     return rollout
 
 
 def split(batch: dict, size: int) -> list[dict]:
-    """A dict of tensors or lists with B rows each -> dicts of at most `size` rows."""
+    """A dict of tensors or lists with B rows each -> dicts of at most `size` rows, in order."""
     rows = len(batch["mask"])
     return [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, rows, size)]
 
@@ -265,19 +267,19 @@ def score(rollout: dict, reference, reward_model, cost_model, reward_critic, cos
     """Add ref_log_probs, reward_values, cost_values (B, R) and reward, cost (B,) to a rollout, in pieces.
 
     `reward_ids, reward_attention_mask` (and `cost_...`) are the same responses in the ids of that model."""
-    width = rollout["sequences"].shape[1] - rollout["mask"].shape[1]
+    pieces = micro_batches(rollout, args.micro_batch_size)
     scored = {name: [] for name in ("ref_log_probs", "reward", "cost", "reward_values", "cost_values")}
-    for rows in split(rollout, args.micro_batch_size):
-        sequences, attention_mask = rows["sequences"], rows["attention_mask"]
+    for _, width, part in pieces:
+        sequences, attention_mask = part["sequences"], part["attention_mask"]
         ref_log_probs = token_log_probs(reference, sequences, attention_mask, width, args.temperature)
         scored["ref_log_probs"].append(ref_log_probs)
         for name, model in (("reward", reward_model), ("cost", cost_model)):
-            ids, ids_mask = rows[f"{name}_ids"], rows[f"{name}_attention_mask"]
+            ids, ids_mask = part[f"{name}_ids"], part[f"{name}_attention_mask"]
             scored[name].append(end_scores(model(ids, ids_mask), ids_mask))
         for name, critic in (("reward_values", reward_critic), ("cost_values", cost_critic)):
             # column P - 1 has seen the prompt only: its value is that of the state before the first token
             scored[name].append(critic(sequences, attention_mask)[:, width - 1 : -1])
-    rollout |= {name: torch.cat(parts) for name, parts in scored.items()}
+    rollout |= {name: rejoin(parts, pieces, rollout["mask"]) for name, parts in scored.items()}
 
 
 # ------------------------------------------------------------------------------ an update
@@ -299,41 +301,39 @@ def update(policy, reward_critic, cost_critic, optimizers: dict, batch: dict, pt
 
     `batch` holds sequences, attention_mask (B, P + R) and mask, log_probs, advantages, reward_values,
     reward_returns, cost_values, cost_returns (B, R). `ptx` holds (sequences, attention_mask, P)."""
-    width = batch["sequences"].shape[1] - batch["mask"].shape[1]
     names = ("policy_loss", "ptx_loss", "reward_value_loss", "cost_value_loss", "clip_fraction")
-    metrics = dict.fromkeys(names, 0.0)
+    metrics = dict.fromkeys(names, 0.0)  # tensors: a number would make Python wait for the GPU
+    pieces = micro_batches(batch, args.micro_batch_size)
+    # so that micro-batches add up to the minibatch's mean
+    weights = [len(rows) / len(batch["mask"]) for rows, _, _ in pieces]
 
     # policy: E7 + E9, one backward pass per micro-batch, one step
-    for rows in split(batch, args.micro_batch_size):
-        weight = len(rows["mask"]) / len(
-            batch["mask"]
-        )  # so that micro-batches add up to the minibatch's mean
-        sequences, attention_mask, old = rows["sequences"], rows["attention_mask"], rows["log_probs"]
-        log_probs = token_log_probs(policy, sequences, attention_mask, width, args.temperature)
-        loss = policy_loss(log_probs, old, rows["advantages"], rows["mask"], args.clip)
+    for weight, (_, width, part) in zip(weights, pieces):
+        sequences, old, mask = part["sequences"], part["log_probs"], part["mask"]
+        log_probs = token_log_probs(policy, sequences, part["attention_mask"], width, args.temperature)
+        loss = policy_loss(log_probs, old, part["advantages"], mask, args.clip)
         (weight * loss).backward()
         outside = ((log_probs - old).detach().exp() - 1).abs() > args.clip
-        metrics["clip_fraction"] += weight * masked_mean(outside.float(), rows["mask"]).item()
-        metrics["policy_loss"] += weight * loss.item()
+        metrics["clip_fraction"] += weight * masked_mean(outside.float(), mask)
+        metrics["policy_loss"] += weight * loss.detach()
     for sequences, attention_mask, ptx_width in ptx:
         log_probs = token_log_probs(policy, sequences, attention_mask, ptx_width)
         weight = len(sequences) / sum(len(rows) for rows, _, _ in ptx)
         loss = ptx_loss(log_probs, attention_mask[:, ptx_width:])
         (args.ptx_coeff * weight * loss).backward()
-        metrics["ptx_loss"] += weight * loss.item()
+        metrics["ptx_loss"] += weight * loss.detach()
     metrics["grad_norm"] = clip_gradients(policy, args.grad_clip)
     optimizers["policy"].step()
     optimizers["policy"].zero_grad()
 
     # critics: E8, one after the other so that only one model's gradients are held
     for name, critic in (("reward", reward_critic), ("cost", cost_critic)):
-        for rows in split(batch, args.micro_batch_size):
-            weight = len(rows["mask"]) / len(batch["mask"])
-            values = critic(rows["sequences"], rows["attention_mask"])[:, width - 1 : -1]
-            old, returns = rows[f"{name}_values"], rows[f"{name}_returns"]
-            loss = value_loss(values, old, returns, rows["mask"], args.value_clip)
+        for weight, (_, width, part) in zip(weights, pieces):
+            values = critic(part["sequences"], part["attention_mask"])[:, width - 1 : -1]
+            old, returns = part[f"{name}_values"], part[f"{name}_returns"]
+            loss = value_loss(values, old, returns, part["mask"], args.value_clip)
             (weight * loss).backward()
-            metrics[f"{name}_value_loss"] += weight * loss.item()
+            metrics[f"{name}_value_loss"] += weight * loss.detach()
         clip_gradients(critic, args.grad_clip)
         optimizers[f"{name}_critic"].step()
         optimizers[f"{name}_critic"].zero_grad()
@@ -354,7 +354,7 @@ def step_metrics(rollout: dict, updates: list[dict], args) -> dict:
         "empty_rate": ended & (length == 1),
     }
     means = {name: value.float().mean().item() for name, value in values.items()}
-    return means | {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    return means | {name: float(sum(u[name] for u in updates)) / len(updates) for name in updates[0]}
 
 
 # ------------------------------------------------------------------------------ the loop

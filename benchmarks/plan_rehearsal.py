@@ -103,8 +103,10 @@ def tracked(config, args, world: int) -> dict[str, float]:
         ptx = [(sequences[i : i + small], mask[i : i + small], 1) for i in starts]
 
         def sample():
-            with distributed.gathered(policy):  # the last two of all tokens: the cache is at its largest
-                generate(policy, sequences[:, :-2], mask[:, :-2], 2, uniforms=torch.zeros(rows, 2))
+            with distributed.gathered(
+                policy
+            ) as sampler:  # the last two of all tokens: the cache is at its largest
+                generate(sampler, sequences[:, :-2], mask[:, :-2], 2, uniforms=torch.zeros(rows, 2))
 
         def score():
             repo_ppo.score(dict(rollout), reference, *frozen, *critics, args)

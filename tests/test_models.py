@@ -249,7 +249,8 @@ def test_ratios_begin_at_one_under_bf16(script, toy_tokenizer):
     for parameter in policy.parameters():
         parameter.data *= 1 if parameter.ndim < 2 else 8
     policy = distributed.shard(policy, BF16)
-    numbers = {"batch_size": 8, "micro_batch_size": 4, "max_new_tokens": 16, "temperature": 1.0, "seed": 0}
+    numbers = {"batch_size": 8, "minibatch_size": 8, "micro_batch_size": 4, "max_new_tokens": 16}
+    numbers |= {"temperature": 1.0, "seed": 0}
     args = SimpleNamespace(**vars(BF16), **numbers, chat_template=False)
     prompts = ["how do i bake bread", "tell me about the sea and the wind"]
     rollouts = []
@@ -257,10 +258,9 @@ def test_ratios_begin_at_one_under_bf16(script, toy_tokenizer):
         args.dtype = dtype
         rollouts.append(script.sample_rollout(policy, prompts, toy_tokenizer, [1], 0, args))
     rollout, decoded = rollouts
-    width = rollout["sequences"].shape[1] - rollout["mask"].shape[1]
-    for rows in script.split(rollout, 4):
-        now = token_log_probs(policy, rows["sequences"], rows["attention_mask"], width)
-        assert torch.equal(now, rows["log_probs"])
+    for _, width, part in script.micro_batches(rollout, 4):  # as in update()
+        now = token_log_probs(policy, part["sequences"], part["attention_mask"], width)
+        assert torch.equal(now, part["log_probs"])
     ratio = (decoded["log_probs"] - rollout["log_probs"])[rollout["mask"].bool()].exp()
     assert (ratio - 1).abs().max() > 0.01
 
