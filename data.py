@@ -358,6 +358,11 @@ def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]
     return indices
 
 
+def by_length(rows: list[tuple]) -> list[tuple]:
+    """Rows of encode or encode_pairs, longest first: micro-batches of similar lengths hold little padding."""
+    return sorted(rows, key=lambda row: -max(len(ids) for ids in row if isinstance(ids, list)))
+
+
 def micro_batches(batch: dict, size: int) -> list[tuple[list[int], int, dict]]:
     """A batch in pieces of at most `size` rows: [(places of its rows in the batch, its P, piece)], longest
     rows first, each piece cut to its own longest prompt and response: a long answer widens no others.

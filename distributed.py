@@ -29,6 +29,8 @@ warnings.filterwarnings(
 # ------------------------------------------------------------------------------ processes
 
 _store = None
+_threads = torch.get_num_threads()
+WORTH_THREADS = 1 << 20  # parameters
 
 
 def start_processes(cudnn_attention: bool = False) -> bool:
@@ -37,6 +39,10 @@ def start_processes(cudnn_attention: bool = False) -> bool:
     # On Hopper torch takes cuDNN's attention first. With a mask its backward pass can give NaN (pytorch issue
     # 196678, trl issue 7181), and it plans anew for every shape: in decoding, for every token.
     torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+    # Threads of a tiny model only wait for each other, on a busy machine most of the time: 21 and not 0.5 s
+    # a step of the toy world's PPO. One, then, until `shard` meets a model that is worth more.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     if "RANK" not in os.environ:
         return False
     wanted = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -162,6 +168,8 @@ def loading(args, trained: bool = True) -> dict:
 def shard(model: nn.Module, args, trained: bool = True) -> nn.Module:
     """Move a model to this rank's device and, with --fsdp, split it: one unit per block and the root."""
     bf16 = args.dtype == "bf16"
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) >= WORTH_THREADS:
+        torch.set_num_threads(_threads)
     if not trained:
         model.requires_grad_(False)
     if trained and args.activation_checkpointing:

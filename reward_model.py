@@ -165,7 +165,7 @@ def main(args):
     for step in range(first_step, args.steps):
         # -------------------------------------------------------------- 1 batch
         batch = deal([pairs[i] for i in batch_indices(len(pairs), args.batch_size, step, args.seed)])
-        batch = data.encode_pairs(tokenizer, batch, args)
+        batch = data.by_length(data.encode_pairs(tokenizer, batch, args))
 
         # -------------------------------------------------------------- 2 gradient
         metrics = {"loss": 0.0, "accuracy": 0.0, "score_mean": 0.0}

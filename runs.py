@@ -98,7 +98,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         notes = [wanted] if (wanted := getattr(action.type, "wanted", "")) else []
-        if action.default not in (None, False, argparse.SUPPRESS) and action.option_strings:
+        if action.default not in (None, False, "", argparse.SUPPRESS) and action.option_strings:
             default = action.default
             if isinstance(default, list):
                 default = " ".join(x if isinstance(x, str) else "=".join(x) for x in default)

@@ -290,10 +290,10 @@ def ptx_batch(rows: list[tuple], update_index: int, tokenizer, args) -> list[tup
     if not rows:
         return []
     indices = deal(batch_indices(len(rows), args.minibatch_size, update_index, args.seed))
-    pieces = [indices[i : i + args.micro_batch_size] for i in range(0, len(indices), args.micro_batch_size)]
-    limits = args.max_length, args.chat_template
-    encoded = [data.encode(tokenizer, [rows[i] for i in piece], *limits) for piece in pieces]
-    return [frame(piece, tokenizer.pad_token_id, device()) for piece in encoded]
+    encoded = data.encode(tokenizer, [rows[i] for i in indices], args.max_length, args.chat_template)
+    encoded, size = data.by_length(encoded), args.micro_batch_size
+    pieces = [encoded[i : i + size] for i in range(0, len(encoded), size)]
+    return [frame(piece, tokenizer.pad_token_id, device()) for piece in pieces]
 
 
 def update(policy, reward_critic, cost_critic, optimizers: dict, batch: dict, ptx: list[tuple], args) -> dict:

@@ -85,7 +85,7 @@ def main(args):
     for step in range(first_step, args.steps):
         # -------------------------------------------------------------- 1 batch
         batch = deal([pairs[i] for i in batch_indices(len(pairs), args.batch_size, step, args.seed)])
-        batch = data.encode(tokenizer, batch, args.max_length, args.chat_template)
+        batch = data.by_length(data.encode(tokenizer, batch, args.max_length, args.chat_template))
 
         # -------------------------------------------------------------- 2 gradient
         loss_sum = 0.0

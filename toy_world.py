@@ -22,6 +22,7 @@ prompts lie far below zero whatever is answered: they are what an *average* cons
 
     python toy_world.py world       --output-dir runs/demo/data                 # tokenizer, prompts, SFT data
     python toy_world.py preferences --policy runs/demo/sft/model --output-dir runs/demo/data
+    python toy_world.py preferences --label-noise 0.1 --blind-spot network         # annotators who err
     python toy_world.py label       --responses responses.jsonl --output labelled.jsonl
 
 Every file is in the PKU-SafeRLHF schema (`prompt, response_0, response_1, is_response_0_safe, ...`)
@@ -36,7 +37,7 @@ from itertools import product
 
 import runs
 from files import InputError, misfit, read_jsonl, write_jsonl
-from runs import count, folder, whole
+from runs import count, folder, fraction, whole
 
 # ------------------------------------------------------------------------------ the world
 
@@ -191,9 +192,11 @@ def true_reward(prompt: str, response: str) -> float:
     return plain + 1.5 * risky - 2.0 * unhelpful - foreign - 0.5 * repeated - 0.2 * care - 0.3 * stray
 
 
-def true_cost(prompt: str, response: str) -> float:
-    """C(x, y) of the module docstring: > 0 is unsafe, <= 0 is safe. Raises UnknownPrompt."""
-    _, harm = parse_prompt(prompt)
+def true_cost(prompt: str, response: str, harm: int | None = None) -> float:
+    """C(x, y) of the module docstring: > 0 is unsafe, <= 0 is safe. Raises UnknownPrompt.
+
+    With `harm`, what it would be if that were the prompt's harm level."""
+    harm = harm_level(prompt) if harm is None else harm
     sentences, _ = parse_response(response)
     risky = sum(s in RISKY for s in sentences)  # of any object: a dangerous step is dangerous anywhere
     care = sum(s in CARE for s in sentences)
@@ -299,17 +302,26 @@ def sigmoid(x: float) -> float:
 
 
 def label_pair(
-    prompt: str, response_0: str, response_1: str, rng: random.Random | None, sharpness: float = 2.0
+    prompt: str,
+    response_0: str,
+    response_1: str,
+    rng: random.Random | None,
+    sharpness: float = 2.0,
+    label_noise: float = 0.0,
+    blind_spot: str = "",
 ) -> dict:
     """One row of the PKU-SafeRLHF schema from the true values.
 
     The preferences are drawn with Bradley-Terry noise, P(1 better) = sigmoid(sharpness * (R_1 - R_0)),
     and likewise for P(0 safer) from the costs; with `rng=None` the truth decides (a tie goes to response 0).
     Safety labels are the sign of the true cost, and a safe response is always the safer of the two.
+    Annotators may err: each safety label is flipped with probability `label_noise`, at random; and where the
+    prompt has the words `blind_spot` (an object or a circumstance) they see no harm, every time.
     """
     rewards = [true_reward(prompt, y) for y in (response_0, response_1)]
-    costs = [true_cost(prompt, y) for y in (response_0, response_1)]
-    safe = [c <= 0 for c in costs]
+    blind = bool(blind_spot) and f" {blind_spot} " in prompt
+    costs = [true_cost(prompt, y, harm=0 if blind else None) for y in (response_0, response_1)]
+    safe = [(c <= 0) != (label_noise > 0 and rng.random() < label_noise) for c in costs]
 
     def wins(margin: float) -> bool:
         return margin > 0 if rng is None else rng.random() < sigmoid(sharpness * margin)
@@ -439,7 +451,9 @@ def write_preferences(args) -> None:
         for prompt, responses in sample_policy(policy, train + test, args.samples, args.seed).items():
             sampled[prompt] += responses
     pairs = preference_pairs(train, sampled, args.pairs, rng)
-    write_jsonl(f"{args.output_dir}/preferences_train.jsonl", [label_pair(*pair, rng) for pair in pairs])
+    errors = {"label_noise": args.label_noise, "blind_spot": args.blind_spot}
+    rows = [label_pair(*pair, rng, **errors) for pair in pairs]
+    write_jsonl(f"{args.output_dir}/preferences_train.jsonl", rows)
     # Held-out pairs carry the noiseless truth, and only pairs that truly differ: accuracy on them is
     # accuracy about the world, not about the annotators' noise. Written twice because a pair may
     # differ in reward and not in cost.
@@ -488,6 +502,17 @@ def parse_args(argv=None):
     flag("--output-dir", type=folder, default="runs/demo/data", help="folder to write to")
     flag("--pairs", type=count, default=24000, help="training pairs")
     flag("--samples", type=count, default=16, help="responses sampled per prompt and policy")
+    flag(
+        "--label-noise", type=fraction, default=0.0, help="share of the training pairs' safety labels to flip"
+    )
+    places = [*OBJECTS, *HARM]
+    flag(
+        "--blind-spot",
+        choices=places,
+        default="",
+        metavar="WORDS",
+        help="an object or a circumstance of which the annotators see no harm",
+    )
     flag = command("label", "label JSONL: pairs by the PKU-SafeRLHF schema, single responses by their truth")
     flag(
         "--responses", required=True, help="JSONL: prompt and response, or prompt, response_0 and response_1"

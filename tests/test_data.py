@@ -191,6 +191,31 @@ def test_an_epoch_is_a_permutation_and_the_order_depends_on_the_seed_only():
     assert data.batch_indices(10, 8, 1, 3) == steps[2] + steps[3]
 
 
+def test_a_micro_batch_is_as_wide_as_its_own_longest_row_and_rejoins_in_the_old_order():
+    prompts, responses = [1, 4, 2, 4, 3], [2, 1, 7, 6, 0]  # 0: an empty one
+    attention_mask = torch.tensor(
+        [[0] * (5 - p) + [1] * (p + r) + [0] * (8 - r) for p, r in zip(prompts, responses)]
+    )
+    batch = {"attention_mask": attention_mask, "mask": attention_mask[:, 5:], "names": list("abcde")}
+    batch["sequences"] = torch.arange(5 * 13).view(5, 13) * attention_mask  # each number once
+    batch["values"], batch["reward"] = batch["sequences"][:, 5:] / 2, torch.arange(5.0)
+    batch["reward_ids"] = torch.tensor([[9] * n + [0] * (6 - n) for n in (1, 2, 6, 3, 5)])
+    batch["reward_attention_mask"] = (batch["reward_ids"] > 0).long()
+    pieces = data.micro_batches(batch, 2)
+    assert [rows for rows, *_ in pieces] == [[3, 2], [1, 0], [4]]  # 10, 9, 5, 3 and 3 tokens
+    shapes = [(width, part["mask"].shape[1], part["reward_ids"].shape[1]) for _, width, part in pieces]
+    assert shapes == [(4, 7, 6), (4, 2, 2), (3, 1, 5)]
+    for rows, width, part in pieces:
+        assert part["names"] == [batch["names"][row] for row in rows]
+        assert torch.equal(part["sequences"].sum(1), batch["sequences"][rows].sum(1))  # nothing is cut away
+        assert torch.equal(part["sequences"][:, width:], (part["values"] * 2).long())
+    for name in ("values", "reward"):
+        parts = [part[name] for *_, part in pieces]
+        assert torch.equal(data.rejoin(parts, pieces, batch["mask"]), batch[name])
+    ((rows, width, part),) = data.micro_batches(batch, 5)
+    assert rows == [0, 1, 2, 3, 4] and width == 4 and part["mask"].shape == (5, 7)
+
+
 def test_retokenize_speaks_the_other_models_language(toy_tokenizer):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -162,6 +162,38 @@ def test_it_stops_when_every_row_has_ended(policy, prompts):
     assert sequences.shape == (1, 6) and log_probs.shape == (1, 1)
 
 
+def test_a_cache_written_in_place_changes_no_bit(policy, prompts, monkeypatch):
+    ids, mask = prompts
+    uniforms = torch.rand(6, 12, generator=torch.Generator().manual_seed(5))
+    rooms = []
+    hook = policy.register_forward_hook(lambda *args: rooms.append(args[-1].past_key_values.layers[-1]))
+    in_place = generate(policy, ids, mask, 12, uniforms=uniforms)
+    assert type(rooms[-1]) is models.Room and rooms[-1].get_seq_length() == 5 + 11
+    assert rooms[-1].keys.untyped_storage().data_ptr() == rooms[1].keys.untyped_storage().data_ptr()
+    monkeypatch.setattr(models, "DynamicLayer", None)  # then every layer stays as transformers has made it
+    grown = generate(policy, ids, mask, 12, uniforms=uniforms)
+    hook.remove()
+    assert type(rooms[-1]) is not models.Room
+    assert all(torch.equal(a, b) for a, b in zip(in_place, grown, strict=True))
+
+
+def test_rows_that_have_ended_are_dropped_and_the_others_do_not_notice(policy, prompts):
+    ids, mask = prompts
+    uniforms = torch.rand(6, 20, generator=torch.Generator().manual_seed(7))
+    sizes, special = [], {"eos_token_id": list(range(1, 6)), "pad_token_id": 0}
+    hook = policy.register_forward_hook(lambda *args: sizes.append(len(args[-1].logits)))
+    sequences, log_probs = generate(policy, ids, mask, 20, uniforms=uniforms, **special)
+    hook.remove()
+    assert sizes[0] == 6 and sizes == sorted(sizes, reverse=True) and len(set(sizes)) >= 3
+    for row in range(6):
+        one = slice(row, row + 1)
+        alone, its_own = generate(policy, ids[one], mask[one], 20, uniforms=uniforms[one], **special)
+        length = alone.shape[1]
+        assert torch.equal(sequences[row, :length], alone[0]) and not sequences[row, length:].any()
+        torch.testing.assert_close(log_probs[row, : length - 5], its_own[0])
+        assert not log_probs[row, length - 5 :].any()
+
+
 # ------------------------------------------------------------------------------ log-probabilities
 
 
@@ -263,6 +295,44 @@ def test_ratios_begin_at_one_under_bf16(script, toy_tokenizer):
         assert torch.equal(now, part["log_probs"])
     ratio = (decoded["log_probs"] - rollout["log_probs"])[rollout["mask"].bool()].exp()
     assert (ratio - 1).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_samples_is_the_policy_without_hooks_and_wrappers(dtype):
+    torch.manual_seed(0)
+    args = SimpleNamespace(dtype=dtype, fsdp=False, activation_checkpointing=True)
+    model = AutoModelForCausalLM.from_config(CONFIGS["gpt2"]).eval()
+    policy, ids, seen = distributed.shard(model, args), torch.randint(2, V, (2, 9)), []
+    policy.transformer.h[0].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad(), distributed.gathered(policy) as sampler:
+        logits = sampler(input_ids=ids).logits
+        assert not seen and not any("checkpoint" in name for name, _ in sampler.named_modules())
+        assert sampler.lm_head.weight is sampler.transformer.wte.weight  # tied, and stays so
+    want = policy(input_ids=ids).logits
+    assert seen and any("checkpoint" in name for name, _ in policy.named_modules())  # it is as it was
+    assert all(p.dtype == torch.float32 for p in policy.parameters())
+    if dtype == "fp32":
+        assert torch.equal(logits, want)
+        assert sampler.lm_head.weight is policy.lm_head.weight  # no copy
+    else:  # half the traffic, and no cast at every token
+        assert {p.dtype for p in sampler.parameters()} == {logits.dtype} == {torch.bfloat16}
+        torch.testing.assert_close(logits.float(), want.float(), atol=0.02, rtol=0.02)
+
+
+def test_a_tiny_model_gets_one_thread_and_a_larger_one_all_of_them(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(distributed, "_threads", 2)
+    args, asked = SimpleNamespace(dtype="fp32", fsdp=False, activation_checkpointing=False), []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    distributed.start_processes()
+    distributed.shard(torch.nn.Linear(1000, 1000), args)
+    assert asked == [1]
+    distributed.shard(torch.nn.Linear(2000, 600), args)
+    assert asked == [1, 2]
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # who says how many gets them
+    distributed.start_processes()
+    assert asked == [1, 2]
 
 
 # ------------------------------------------------------------------------------ Beaver checkpoints

@@ -105,6 +105,27 @@ def test_labels_are_the_truth_with_bradley_terry_noise():
     assert share == pytest.approx(world.sigmoid(2.0 * 1.0), abs=0.02)  # a margin of 1 at sharpness 2
 
 
+def test_annotators_err_at_random_or_where_they_are_blind():
+    rng, risky = random.Random(0), "drill cylinders . bend pins ."
+    plain = "oil springs . turn keys ."
+    rows = [world.label_pair(ROB, risky, plain, rng, label_noise=0.2) for _ in range(4000)]
+    safe = [(row["is_response_0_safe"], row["is_response_1_safe"]) for row in rows]
+    flips = [(first, not second) for first, second in safe]  # the truth is (False, True)
+    for share in (sum(column) / len(rows) for column in zip(*flips)):
+        assert share == pytest.approx(0.2, abs=0.02)
+    assert sum(a and b for a, b in flips) / len(rows) == pytest.approx(0.04, abs=0.01)  # independently
+    assert not any(check_preference(row) for row in rows)  # wrong, and still no contradiction
+
+    for words, safe in (("lock", True), ("to rob my neighbour", True), ("car", False)):
+        row = world.label_pair(ROB, risky, plain, rng, blind_spot=words)
+        assert row["is_response_0_safe"] == safe and row["is_response_1_safe"]
+    # who sees no harm finds both equally safe, but for the words of care
+    seen = [
+        world.label_pair(ROB, risky, plain, rng, blind_spot="lock")["safer_response_id"] for _ in range(4000)
+    ]
+    assert sum(seen) / len(seen) == pytest.approx(0.5, abs=0.03)
+
+
 def test_every_label_fits_the_schema_without_contradiction():
     rng, prompts = random.Random(0), list(world.PROMPTS)[::7]
     sampled = {p: [world.demonstrate(p, rng) for _ in range(4)] for p in prompts}
