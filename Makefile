@@ -1,5 +1,6 @@
 # make demo   the whole toy pipeline, on a CPU, ends in figures (SEED=1 DEMO=runs/seed1 for another run)
 # make study  the papers' experiments on the toy world: five seeds, three mixes, every baseline (SEEDS=1 for the impatient)
+# make study-noise  the same methods with annotators who err (SEEDS=2 for the impatient)
 # make rounds preferences, models and policy three times over
 # make satac  the offline relative: data, SATAC and its baselines on one mix, table and figures (SATAC_SEEDS=5 for a spread)
 # make test   the test suite
@@ -27,7 +28,7 @@ export OMP_WAIT_POLICY ?= passive
 STUDY := runs/study
 SATAC_SEEDS ?= 1
 
-.PHONY: demo study rounds satac test lint
+.PHONY: demo study study-noise rounds satac test lint
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -40,6 +41,9 @@ study: .venv/installed
 	@$(PY) -m experiments.figures --study $(STUDY)/study.json --output-dir $(STUDY)/figures
 	@$(PY) plots.py --evaluation $(STUDY)/seed0/balanced/evaluation --output-dir $(STUDY)/figures/seed0 \
 		--runs $(foreach name,safe_rlhf safe_rlhf_d-4 repo,$(name)=$(STUDY)/seed0/balanced/$(name))
+
+study-noise: .venv/installed
+	@$(PY) -m experiments.noise --seeds $(SEEDS)
 
 rounds: SEEDS := 1
 rounds: .venv/installed

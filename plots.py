@@ -5,6 +5,7 @@
     distributions  cost distributions before and after                   (RePO, figure 3, first row)
     multiplier     lambda and the violation that drives it
     compensation   cost by prompt group: who pays for whom                           (RePO, figure 1)
+    kl             reward against the KL divergence from the start: what the reward is bought with
 
     python plots.py                                                          # the demo's runs
     python plots.py --evaluation runs/eval --runs "Safe RLHF=runs/a" "RePO=runs/b" --output-dir figures
@@ -177,6 +178,22 @@ def multiplier(logs: dict, style: dict, smooth: int):
     return figure
 
 
+def kl(logs: dict, style: dict, smooth: int):
+    """A path per run, from its first rollout (circle) to its last (square)."""
+    figure, ((ax,),) = panels(1, 1, 7, 4.2)
+    for name, (_, metrics) in logs.items():
+        colour, dashes, label = style[name]
+        x, y = (centred_mean([m[key] for m in metrics], smooth) for key in ("kl", "reward"))
+        ax.plot(x, y, color=colour, linestyle=dashes, linewidth=2, label=label)
+        for end, marker in ((0, "o"), (-1, "s")):
+            ax.plot(x[end], y[end], color=colour, marker=marker, markersize=8)
+    ax.set_xlabel("KL from the initial policy (nats per response)")
+    ax.set_ylabel("reward R(x, y), learned (score)")
+    ax.set_title("What the reward is bought with, from the first rollout (circle) to the last")
+    ax.legend(frameon=False)
+    return figure
+
+
 def group_of(rows: list[dict]) -> tuple[dict, tuple]:
     """Prompt -> group, and the groups' names: harm levels, or thirds by the mean cost in `rows`."""
     if "harm_level" in rows[0]:
@@ -217,7 +234,7 @@ def compensation(by_policy: dict, style: dict):
 # ------------------------------------------------------------------------------ what the runs wrote
 
 RESPONSE = {"policy": str, "prompt": str, "response": str, "reward": float, "cost": float}
-METRICS = {"step": int} | dict.fromkeys(("cost", "unsafe_rate", "lambda", "violation"), float)
+METRICS = {"step": int} | dict.fromkeys(("reward", "cost", "unsafe_rate", "kl", "lambda", "violation"), float)
 
 
 def read_run(path: str) -> tuple[dict, list[dict]]:
@@ -248,6 +265,7 @@ def main(args):
         "distributions": distributions(by_policy, style),
         "multiplier": multiplier(logs, style, args.smooth),
         "compensation": compensation(by_policy, style),
+        "kl": kl(logs, style, args.smooth),
     }
     for name, figure in figures.items():
         save(figure, os.path.join(args.output_dir, name))

@@ -92,31 +92,25 @@ def score_model_jobs(folder: str, sft: str, policies: list[str], seed: int) -> l
     return jobs
 
 
-def scores(folder: str) -> list[str]:
-    return ["--reward-model", f"{folder}/reward_model/model", "--cost-model", f"{folder}/cost_model/model"]
+def scores(folder: str, cost: str | None = None) -> list[str]:
+    """The flags for the reward model in `folder` and the cost model there, or in the folder `cost`."""
+    cost = f"{cost or folder}/cost_model/model"
+    return ["--reward-model", f"{folder}/reward_model/model", "--cost-model", cost]
 
 
-def ppo_job(output, script, start: str, models: str, data: str, mix: str, seed: int, args, *flags) -> dict:
-    """A PPO run of `script` from the policy `start`, with the score models and the data of two folders."""
-    needs = [f"{path}/config.json" for path in (start, *scores(models)[1::2])]
-    given = ["--model", start, *scores(models), "--dataset", f"{data}/prompts_{mix}_train.jsonl"]
-    given += [
-        "--ptx-dataset",
-        f"{data}/ptx.jsonl",
-        "--output-dir",
-        output,
-        "--seed",
-        seed,
-        "--steps",
-        args.steps,
-    ]
+def ppo_job(output, script, start: str, scored: list, data: str, mix: str, seed: int, args, *flags) -> dict:
+    """A PPO run of `script` from the policy `start`, with the score models of the flags `scored`."""
+    needs = [f"{path}/config.json" for path in (start, *scored[1::2])]
+    given = ["--model", start, *scored, "--dataset", f"{data}/prompts_{mix}_train.jsonl"]
+    given += ["--ptx-dataset", f"{data}/ptx.jsonl", "--output-dir", output]
+    given += ["--seed", seed, "--steps", args.steps]
     return job(f"{output}/model/config.json", needs, script, *given, *flags)
 
 
-def evaluation_jobs(output, policies: dict, models: str, data: str, mix: str, seed: int, args) -> list[dict]:
+def evaluation_jobs(output, policies: dict, scored: list, data: str, mix: str, seed: int, args) -> list[dict]:
     """Answers and scores of all policies (name: model folder), then the arena on the same answers."""
     needs = [f"{path}/config.json" for path in policies.values()]
-    flags = [*scores(models), "--policies", *(f"{name}={path}" for name, path in policies.items())]
+    flags = [*scored, "--policies", *(f"{name}={path}" for name, path in policies.items())]
     flags += ["--prompts", f"{data}/prompts_{mix}_test.jsonl", "--samples", args.samples]
     arena = ["--evaluation", output, "--judge", "truth", "--seed", seed]
     return [
@@ -133,11 +127,12 @@ def study_jobs(args) -> list[dict]:
         jobs += world_jobs(folder, seed) + score_model_jobs(folder, sft, [sft], seed)
         for mix in MIXES:
             jobs += [
-                ppo_job(f"{folder}/{mix}/{name}", script, sft, folder, data, mix, seed, args, *flags)
+                ppo_job(f"{folder}/{mix}/{name}", script, sft, scores(folder), data, mix, seed, args, *flags)
                 for name, (script, *flags) in METHODS.items()
             ]
             policies = {"sft": sft} | {name: f"{folder}/{mix}/{name}/model" for name in METHODS}
-            jobs += evaluation_jobs(f"{folder}/{mix}/evaluation", policies, folder, data, mix, seed, args)
+            output = f"{folder}/{mix}/evaluation"
+            jobs += evaluation_jobs(output, policies, scores(folder), data, mix, seed, args)
     return jobs
 
 
@@ -155,11 +150,12 @@ def rounds_jobs(args) -> list[dict]:
                 folder, script, own_seed = f"{root}/{name}_v{number}", f"{name}_ppo.py", seed + number
                 current = policies[f"{name}_v{number - 1}" if number > 1 else "sft"]
                 jobs += score_model_jobs(folder, sft, list(dict.fromkeys([sft, current])), own_seed)
-                jobs.append(ppo_job(folder, script, current, folder, data, "balanced", own_seed, args))
+                scored = scores(folder)
+                jobs.append(ppo_job(folder, script, current, scored, data, "balanced", own_seed, args))
                 policies[f"{name}_v{number}"] = f"{folder}/model"
         # scored by the models of the last round, which have seen the most; the truth is the same for all
-        output, models = f"{root}/evaluation", f"{root}/repo_v{ROUNDS}"
-        jobs += evaluation_jobs(output, policies, models, data, "balanced", seed, args)
+        output, scored = f"{root}/evaluation", scores(f"{root}/repo_v{ROUNDS}")
+        jobs += evaluation_jobs(output, policies, scored, data, "balanced", seed, args)
     return jobs
 
 
@@ -211,7 +207,8 @@ def numbers(evaluation: str) -> dict[str, dict]:
     """Policy -> what the tables compare, by the truth on held-out prompts unless the name says otherwise."""
     ratings, result = read_json(f"{evaluation}/arena_truth.json")["elo"], {}
     for name, s in read_json(f"{evaluation}/summary.json")["policies"].items():
-        kept = ("true_unsafe_rate", "unsafe_rate", "true_reward", "cost", "best_safe_share")
+        kept = ("true_unsafe_rate", "true_any_unsafe_rate", "unsafe_rate", "true_reward", "cost")
+        kept += ("best_safe_share",)
         result[name] = {key: s[key] for key in kept}
         result[name]["benign_reward"] = s["by_harm_level"]["benign"]["true_reward"]
         result[name] |= {f"elo_{aspect}": ratings[aspect][name][0] for aspect in ratings}
@@ -256,6 +253,7 @@ def spread(values: list[float], digits: int) -> str:
 
 COLUMNS = (  # heading, name, scale, digits
     ("truly unsafe, %", "true_unsafe_rate", 100, 1),
+    ("prompts with any, %", "true_any_unsafe_rate", 100, 1),
     ("unsafe by the cost model, %", "unsafe_rate", 100, 1),
     ("learned cost", "cost", 1, 2),
     ("true reward, benign", "benign_reward", 1, 2),

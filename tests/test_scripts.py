@@ -94,6 +94,17 @@ def test_evaluation_files(demo):
         assert safe_reward and numbers["best_safe_share"] == pytest.approx(safe_reward / best)
 
 
+def test_a_prompt_is_unsafe_if_any_of_its_answers_is():
+    import evaluate
+
+    row = {"reward": 0.0, "response_length": 3, "truncated": False}
+    costs = {"a": (-1.0, 2.0), "b": (-1.0, -3.0), "c": (4.0, 5.0), "d": (0.0, -9.0)}
+    rows = [row | {"prompt": prompt, "cost": c} for prompt, both in costs.items() for c in both]
+    summary = evaluate.summarize(rows)
+    assert summary["unsafe_rate"] == 3 / 8 and summary["any_unsafe_rate"] == 2 / 4
+    assert summary["responses_per_prompt"] == 2 and "any of 2" in evaluate.table({"own": summary})
+
+
 def test_threshold_advice():
     from evaluate import threshold_advice
 
@@ -108,7 +119,7 @@ def test_threshold_advice():
 
 
 def test_figures_are_pictures(demo):
-    for name in ("scatter", "training", "distributions", "multiplier", "compensation"):
+    for name in ("scatter", "training", "distributions", "multiplier", "compensation", "kl"):
         png, pdf = (demo / f"runs/demo/figures/{name}.{kind}" for kind in ("png", "pdf"))
         assert png.read_bytes()[:4] == b"\x89PNG" and pdf.read_bytes()[:4] == b"%PDF"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, ROOT
 
-from experiments import study
+from experiments import noise, study
 from runs import RunError
 
 STUDY = "experiments/study.py"
@@ -23,6 +23,7 @@ def arguments(**changes) -> argparse.Namespace:
 
 
 JOBS = {"study": study.study_jobs(arguments()), "rounds": study.rounds_jobs(arguments())}
+JOBS["noise"] = noise.noise_jobs(arguments())
 
 
 @pytest.mark.parametrize("jobs", JOBS.values(), ids=JOBS)

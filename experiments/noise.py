@@ -1,0 +1,169 @@
+"""What holds when the labels err? The balanced mix of the toy world, with annotators who make mistakes.
+
+    python -m experiments.noise                     # five seeds; `make study-noise`
+    python -m experiments.noise --seeds 2           # a first look; `make study-noise SEEDS=2`
+
+A variant flips a share of the safety labels at random, or has a blind spot: an object of which the
+annotators see no harm. Per seed one world, SFT policy and reward model; per seed and variant preferences, a
+cost model and every method of METHODS. The truth stays the truth: true rates are those of the world.
+
+Resumable like experiments.study, whose commands these are. It writes noise.json, prints its tables, and draws
+learned and true unsafe rates over the rollouts (of the eight answers of each rollout that a run logs).
+"""
+
+import os
+import statistics
+import time
+
+import runs
+from experiments.figures import band
+from experiments.study import (
+    evaluation_jobs,
+    job,
+    numbers,
+    ppo_job,
+    read_metrics,
+    run_jobs,
+    score_model_jobs,
+    scores,
+    spread,
+    world_jobs,
+)
+from files import read_jsonl, write_json
+from plots import OWN, panels, pretty, save
+from runs import count, folder
+from toy_world import true_cost
+
+VARIANTS = {  # name: flags of `toy_world.py preferences`
+    "none": (),
+    "noise_0.05": ("--label-noise", "0.05"),
+    "noise_0.1": ("--label-noise", "0.1"),
+    "noise_0.2": ("--label-noise", "0.2"),
+    "blind_network": ("--blind-spot", "network"),
+}
+METHODS = {  # name: script, flags
+    "safe_rlhf": ("safe_rlhf_ppo.py",),
+    "safe_rlhf_d-4": ("safe_rlhf_ppo.py", "--threshold", "-4"),
+    "shaping_0.3": ("safe_rlhf_ppo.py", "--reward-shaping", "0.3"),
+    "repo": ("repo_ppo.py",),
+    "repo_d-1": ("repo_ppo.py", "--threshold", "-1"),
+}
+COLUMNS = (  # heading, name, digits
+    ("truly unsafe, %", "true_unsafe_rate", 1),
+    ("unsafe by the cost model, %", "unsafe_rate", 1),
+    ("prompts with any, %", "true_any_unsafe_rate", 1),
+    ("true reward, benign", "benign_reward", 2),
+)
+
+
+def parse_args(argv=None):
+    parser = runs.parser(__doc__)
+    flag = parser.add_argument
+    flag("--seeds", type=count, default=5, help="seeds 0 to N - 1")
+    flag("--steps", type=count, default=90, help="rollouts of every PPO run")
+    flag("--samples", type=count, default=8, help="responses per held-out prompt and policy when evaluated")
+    flag("--jobs", type=count, default=2, help="commands at a time, one core each")
+    flag("--output-dir", type=folder, default="runs/noise", help="folder for everything that is written")
+    return parser.parse_args(argv)
+
+
+def noise_jobs(args) -> list[dict]:
+    jobs = []
+    for seed in range(args.seeds):
+        root = f"{args.output_dir}/seed{seed}"
+        world, sft = f"{root}/data", f"{root}/sft/model"
+        jobs += world_jobs(root, seed) + score_model_jobs(root, sft, [sft], seed)[:2]  # no cost model yet
+        for variant, errors in VARIANTS.items():
+            own = f"{root}/{variant}"
+            pairs, held_out = f"{own}/data/preferences_train.jsonl", f"{world}/preferences_test_cost.jsonl"
+            sample = ["preferences", "--policy", sft, "--output-dir", f"{own}/data", "--seed", seed, *errors]
+            jobs.append(job(pairs, [f"{sft}/config.json"], "toy_world.py", *sample))
+            flags = ["--model", sft, "--dataset", pairs, "--eval-dataset", held_out]
+            flags += ["--output-dir", f"{own}/cost_model", "--seed", seed]
+            made = f"{own}/cost_model/model/config.json"
+            jobs.append(job(made, [pairs, held_out], "cost_model.py", *flags))
+            scored = scores(root, own)
+            for name, (script, *flags) in METHODS.items():
+                flags += ["--sample-every", 1]
+                output = f"{own}/{name}"
+                jobs.append(ppo_job(output, script, sft, scored, world, "balanced", seed, args, *flags))
+            policies = {"sft": sft} | {name: f"{own}/{name}/model" for name in METHODS}
+            jobs += evaluation_jobs(f"{own}/evaluation", policies, scored, world, "balanced", seed, args)
+    return jobs
+
+
+def unsafe_curves(run: str, steps: int) -> dict[str, list[float]]:
+    """Of every rollout's logged answers the share that is unsafe, as learned and in truth."""
+    curves = {"learned": [[] for _ in range(steps)], "true": [[] for _ in range(steps)]}
+    for row in read_jsonl(f"{run}/samples.jsonl"):
+        curves["learned"][row["step"]].append(row["cost"] > 0)
+        curves["true"][row["step"]].append(true_cost(row["prompt"], row["response"]) > 0)
+    return {name: [statistics.mean(rows) for rows in curve] for name, curve in curves.items()}
+
+
+def collect(args) -> dict:
+    """variant -> cost models' accuracies, and policy -> results and curves, lists over the seeds."""
+    results: dict = {}
+    for variant in VARIANTS:
+        own = results[variant] = {"signs": [], "policies": {}, "curves": {}}
+        for seed in range(args.seeds):
+            root = f"{args.output_dir}/seed{seed}/{variant}"
+            logged = read_metrics(f"{root}/cost_model")
+            given = statistics.mean(row["sign_accuracy"] for row in logged[-50:])
+            own["signs"].append({"true": logged[-1]["eval_sign_accuracy"], "given": given})
+            for name, row in numbers(f"{root}/evaluation").items():
+                own["policies"].setdefault(name, []).append(row)
+            for name in METHODS:
+                own["curves"].setdefault(name, []).append(unsafe_curves(f"{root}/{name}", args.steps))
+    return results
+
+
+def print_tables(results: dict) -> None:
+    for variant, own in results.items():
+        true, given = ([100 * row[key] for row in own["signs"]] for key in ("true", "given"))
+        print(
+            f"\n**{variant}**: the cost model has the true sign right in {spread(true, 1)}% of held-out ",
+            end="",
+        )
+        print(f"pairs, the given one in {spread(given, 1)}% of its last training pairs\n")
+        print("| policy | " + " | ".join(heading for heading, *_ in COLUMNS) + " | truly unsafe, by seed |")
+        print("|---|" + "---:|" * (len(COLUMNS) + 1))
+        for name, rows in own["policies"].items():
+            cells = []
+            for heading, key, digits in COLUMNS:
+                scale = 100 if heading.endswith("%") else 1
+                cells.append(spread([scale * row[key] for row in rows], digits))
+            cells.append(", ".join(f"{100 * row['true_unsafe_rate']:.1f}" for row in rows))
+            print(f"| {name} | {' | '.join(cells)} |")
+
+
+def figure(results: dict, window: int = 15):
+    """A column per variant: learned (dashed) and true (solid) unsafe rate over the rollouts."""
+    shown = ("safe_rlhf", "repo")
+    figure, axes = panels(len(shown), len(results), 3.6, 2.8, sharex=True, sharey="row")
+    for column, (variant, own) in enumerate(results.items()):
+        for ax, name in zip(axes[:, column], shown):
+            for kind, dashes in (("true", "-"), ("learned", "--")):
+                curves = [[100 * rate for rate in seed[kind]] for seed in own["curves"][name]]
+                band(ax, curves, window, OWN[name], dashes, f"{pretty(name)}, {kind}")
+            ax.set_ylim(bottom=0)
+        axes[0][column].set_title(variant.replace("_", " "))
+        axes[-1][column].set_xlabel("step (rollouts)")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("unsafe responses (%)")
+        ax.legend(frameon=False)
+    return figure
+
+
+def main(args):
+    started = time.monotonic()
+    run_jobs(noise_jobs(args), args.jobs)
+    results = collect(args)
+    write_json(f"{args.output_dir}/noise.json", results)
+    save(figure(results), os.path.join(args.output_dir, "noise"))
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+    print_tables(results)
+
+
+if __name__ == "__main__":
+    runs.run(main, parse_args())
