@@ -111,7 +111,7 @@ def test_tables_and_figures_come_from_study_json(tmp_path, run_in, capsys):
     (tmp_path / "rounds.json").write_text(json.dumps({"sft": [{"true_unsafe_rate": 0.5308, "cost": 1.0}]}))
     study.main(study.parse_args(["tables", "--output-dir", str(tmp_path)]))
     out = capsys.readouterr().out
-    assert "| repo | 2.0 ± 1.4 |" in out and "RePO 1.0, 3.0%" in out and "| sft | 53.1 | - | 1.00 |" in out
+    assert "| repo | 2.0 ± 1.4 |" in out and "RePO 1.0, 3.0%" in out and "| sft | 53.1 | - | - | 1.0" in out
     flags = ("--study", "study.json", "--output-dir", "figures")
     code, error = run_in(tmp_path, "experiments/figures.py", *flags)
     assert code == 0, error
