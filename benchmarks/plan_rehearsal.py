@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
+import data  # noqa: E402
 import distributed  # noqa: E402
 import repo_ppo  # noqa: E402
 import runs  # noqa: E402
@@ -51,9 +52,10 @@ def fake_run(world: int):
     """Fake tensors on `world` ranks; numbers that a fake tensor cannot give are 1."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     mesh = init_device_mesh("cpu", (world,))  # its ranks are numbers: before the fake mode
-    original, item = fully_shard_module._init_default_mesh, torch.Tensor.item
+    original, item, spans = fully_shard_module._init_default_mesh, torch.Tensor.item, data.spans
     fully_shard_module._init_default_mesh = lambda *args, **kwargs: mesh
     torch.Tensor.item = lambda self: 1.0
+    data.spans = lambda mask: [(0, mask.shape[1])] * len(mask)  # and every row is as long as can be
 
     def clip(model, norm: float) -> float:
         torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
@@ -64,7 +66,7 @@ def fake_run(world: int):
         with FakeTensorMode():
             yield
     finally:
-        fully_shard_module._init_default_mesh, torch.Tensor.item = original, item
+        fully_shard_module._init_default_mesh, torch.Tensor.item, data.spans = original, item, spans
         repo_ppo.clip_gradients = distributed.clip_gradients
         dist.destroy_process_group()
 
@@ -105,7 +107,7 @@ def tracked(config, args, world: int) -> dict[str, float]:
         def sample():
             with distributed.gathered(
                 policy
-            ) as sampler:  # the last two of all tokens: the cache is at its largest
+            ) as sampler:  # the last two of all tokens: the cache at its largest
                 generate(sampler, sequences[:, :-2], mask[:, :-2], 2, uniforms=torch.zeros(rows, 2))
 
         def score():
