@@ -115,7 +115,8 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(argv, namespace)
         for name, value in vars(args).items():
             empty = value == "" and name not in ("ptx_dataset", "eval_dataset")
-            if empty or (name != "flags" and value in ([], [""])):  # [] is what argparse makes of --name=--
+            # [] is what argparse makes of --name=--
+            if empty or (name not in ("flags", "runs") and value in ([], [""])):
                 self.error(f"argument --{name.replace('_', '-')}: expected a value")
         return args
 
