@@ -46,12 +46,13 @@ def curves_of(args: dict, metrics: list[dict]) -> dict:
     return {"threshold": args["threshold"], "step": [row["step"] for row in metrics], "metrics": columns}
 
 
-def page(title: str, by_policy: dict, logs: dict, style: dict, grouping: tuple[dict, tuple], smooth: int) -> str:
+def page(title: str, by_policy: dict, logs: dict, style: dict, groups: tuple, smooth: int) -> str:
     """The page's text.
 
-    by_policy: name -> rows of responses.jsonl; logs: name -> (args, metrics) of its run, maybe none;
-    style: name -> (colour, dashes, label); grouping: prompt -> number of its group, and the groups' names."""
-    groups, names = grouping
+    by_policy: name -> rows of responses.jsonl; logs: name -> (args, metrics) of its run, maybe none; style:
+    name -> (colour, dashes, label); groups: prompt -> number of its group, and the groups' names; smooth:
+    rollouts in the centred mean of the curves."""
+    group_of, names = groups
     looks = {
         name: {"colour": colour, "dashes": DASHES[dashes], "label": label.replace("$\\nu$", "\u03bd")}
         for name, (colour, dashes, label) in style.items()
@@ -61,7 +62,7 @@ def page(title: str, by_policy: dict, logs: dict, style: dict, grouping: tuple[d
         "title": title,
         "policies": [looks[name] for name in by_policy],
         "groups": names,
-        "group": [groups.get(prompt, -1) for prompt in rows["prompts"]],
+        "group": [group_of.get(prompt, -1) for prompt in rows["prompts"]],
         "runs": [looks[name] | curves_of(*log) for name, log in logs.items()],
         "smooth": smooth,
     }

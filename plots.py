@@ -43,7 +43,7 @@ def parse_args(argv=None):
     flag("--evaluation", type=folder, default=evaluation, help="output folder of evaluate.py")
     flag("--runs", nargs="*", type=named, default=RUNS, help=names)
     flag("--smooth", type=count, default=9, help="rollouts in the centred mean of the training curves")
-    flag("--html", action="store_true", help="also write explore.html, to look at single answers in a browser")
+    flag("--html", action="store_true", help="also write explore.html: every answer, in a browser")
     flag("--output-dir", type=folder, default=Demo("runs/demo/figures"), help="folder for the figures")
     return runs.parse(parser, argv, own=("evaluation", "runs"))
 

@@ -1,7 +1,7 @@
 """A real Chromium without a window, by the standard library alone: DevTools' protocol over two pipes.
 
-`--remote-debugging-pipe`: the browser reads JSON messages from its file descriptor 3 and writes them to 4, each
-ended by a zero byte (https://chromedevtools.github.io/devtools-protocol).
+With `--remote-debugging-pipe` the browser reads JSON messages from its file descriptor 3 and writes them to
+4, each ended by a zero byte (https://chromedevtools.github.io/devtools-protocol).
 """
 
 import fcntl
@@ -26,21 +26,21 @@ def find() -> str | None:
 
 
 class Browser:
-    """One tab. `problems` collects what the page writes to the console as an error, and its exceptions; `asked`
-    the addresses that it asks for."""
+    """One tab. `problems` collects the page's exceptions and whatever it writes to the console, `asked` the
+    addresses that it asks for."""
 
     def __init__(self, program: str):
         self.profile, self.last, self.buffer = tempfile.mkdtemp(), 0, b""
         self.problems, self.asked, self.session = [], [], None
         pipes = os.pipe() + os.pipe()
         # above 9: the child's 3 and 4 must overwrite none of them
-        theirs_in, ours_out, ours_in, theirs_out = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in pipes)
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in pipes]
+        theirs_in, self.writes, self.reads, theirs_out = high
         nothing = os.open(os.devnull, os.O_RDWR)
         pairs = ((theirs_in, 3), (theirs_out, 4), (nothing, 1), (nothing, 2))
         actions = [(os.POSIX_SPAWN_DUP2, old, new) for old, new in pairs]
         command = [program, *FLAGS, f"--user-data-dir={self.profile}", "about:blank"]
         self.process = os.posix_spawn(program, command, os.environ, file_actions=actions)
-        self.reads, self.writes = ours_in, ours_out
         for fd in (*pipes, theirs_in, theirs_out, nothing):
             os.close(fd)
         target = self.call("Target.getTargets")["targetInfos"][0]["targetId"]
@@ -52,7 +52,8 @@ class Browser:
         """A command of the protocol, and its result."""
         self.last += 1
         message = {"id": self.last, "method": method, "params": params}
-        os.write(self.writes, json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0")
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.writes, json.dumps(message).encode() + b"\0")
         deadline = time.monotonic() + timeout
         while True:
             message = self.receive(deadline)
@@ -87,7 +88,8 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.problems, self.asked = [], []
         self.call("Page.navigate", url=f"file://{path}")
-        self("new Promise((done) => { if (document.readyState === 'complete') done(); else addEventListener('load', done); })")
+        done = "document.readyState === 'complete' ? done() : addEventListener('load', done)"
+        self(f"new Promise((done) => {done})")
         self.paint()
 
     def __call__(self, expression: str):
