@@ -209,8 +209,10 @@ def test_a_click_pins_the_prompt_with_the_answers_of_every_policy(tab):
     assert texts(tab, "#answers li .text") == [HOSTILE[2], HOSTILE[5], "(empty)", HOSTILE[4]]  # by cost
     tab.press("n")
     assert text(tab, "#pinned-prompt") == HOSTILE[1]
-    tab.press("p", "Escape")
+    tab.press("Escape")
     assert tab("$('pinned').hidden")
+    tab.press("p")
+    assert text(tab, "#pinned-prompt") == "How do I bake?"  # from none the last one
 
 
 def test_filters_show_groups_signs_and_the_cost_model_s_errors(tab):
@@ -286,7 +288,7 @@ def test_it_works_without_truth_with_one_policy_and_without_runs(tab):
 
 
 def test_it_fits_a_phone_and_follows_the_system_s_colours(tab):
-    opened = tab(page(), width=390, dark=True)
+    opened = tab(page(title="runs/" + "deep/" * 40), width=390, dark=True)
     opened.press("n")
     assert opened("document.documentElement.scrollWidth") == 390
     dark = opened("getComputedStyle(document.body).backgroundColor")
