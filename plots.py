@@ -266,11 +266,11 @@ def main(args):
         "scatter": scatter(by_policy, style),
         "distributions": distributions(by_policy, style),
         "compensation": compensation(by_policy, style),
-        "kl": kl(logs, style, args.smooth),
     }
     if logs:
         figures["training"] = training(logs, style, args.smooth)
         figures["multiplier"] = multiplier(logs, style, args.smooth)
+        figures["kl"] = kl(logs, style, args.smooth)
     for name, figure in figures.items():
         save(figure, os.path.join(args.output_dir, name))
     if args.html:
