@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None, namespace=None):
         args = super().parse_args(argv, namespace)
         for name, value in vars(args).items():
-            empty = value == "" and name not in ("ptx_dataset", "eval_dataset")
+            empty = value == "" and name not in ("ptx_dataset", "eval_dataset", "blind_spot")
             # [] is what argparse makes of --name=--
             if empty or (name not in ("flags", "runs") and value in ([], [""])):
                 self.error(f"argument --{name.replace('_', '-')}: expected a value")
