@@ -32,9 +32,9 @@ SATAC_SEEDS ?= 1
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
-	@$(MAKE) --no-print-directory -j2 $(DEMO)/figures/compensation.png
+	@$(MAKE) --no-print-directory -j2 $(DEMO)/figures/explore.html
 	@cat $(DEMO)/evaluation/table.txt
-	@ls $(DEMO)/figures/*.png
+	@ls $(DEMO)/figures/*.png $(DEMO)/figures/explore.html
 
 study: .venv/installed
 	@$(PY) -m experiments.study run --seeds $(SEEDS) --output-dir $(STUDY)
@@ -95,5 +95,5 @@ $(DEMO)/evaluation/summary.json: $(DEMO)/safe_rlhf/model/config.json $(DEMO)/rep
 	$(PY) evaluate.py --policies $(POLICIES) $(SCORES) --prompts $(DATA)/prompts_balanced_test.jsonl \
 		--output-dir $(DEMO)/evaluation --seed $(SEED) > /dev/null
 
-$(DEMO)/figures/compensation.png: $(DEMO)/evaluation/summary.json
-	$(PY) plots.py --evaluation $(DEMO)/evaluation --runs safe_rlhf=$(DEMO)/safe_rlhf repo=$(DEMO)/repo --output-dir $(DEMO)/figures > /dev/null
+$(DEMO)/figures/explore.html: $(DEMO)/evaluation/summary.json
+	$(PY) plots.py --html --evaluation $(DEMO)/evaluation --runs safe_rlhf=$(DEMO)/safe_rlhf repo=$(DEMO)/repo --output-dir $(DEMO)/figures > /dev/null

@@ -9,6 +9,7 @@
 
     python plots.py                                                          # the demo's runs
     python plots.py --evaluation runs/eval --runs "Safe RLHF=runs/a" "RePO=runs/b" --output-dir figures
+    python plots.py --html      # and explore.html: every answer, and the curves, to look at in a browser
 
 Every figure is written as PNG and PDF. A dotted line is a limit, a dashed one an average, a solid one C = 0.
 Colours are Okabe and Ito's, told apart also without colour vision; curves differ in their dashes as well.
@@ -23,6 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 import runs  # noqa: E402
+from explore import page  # noqa: E402
 from files import InputError, misfit, read_json, read_jsonl, writing  # noqa: E402
 from runs import Demo, count, folder, named  # noqa: E402
 from toy_world import HARM_LEVELS  # noqa: E402
@@ -37,10 +39,11 @@ RUNS = [(name, Demo(f"runs/demo/{name}")) for name in ("safe_rlhf", "repo")]
 def parse_args(argv=None):
     parser = runs.parser(__doc__)
     flag = parser.add_argument
-    evaluation, names = Demo("runs/demo/evaluation"), "NAME=FOLDER of PPO runs, names as in the evaluation"
+    evaluation, names = Demo("runs/demo/evaluation"), "NAME=FOLDER of PPO runs, as in the evaluation; or none"
     flag("--evaluation", type=folder, default=evaluation, help="output folder of evaluate.py")
-    flag("--runs", nargs="+", type=named, default=RUNS, help=names)
+    flag("--runs", nargs="*", type=named, default=RUNS, help=names)
     flag("--smooth", type=count, default=9, help="rollouts in the centred mean of the training curves")
+    flag("--html", action="store_true", help="also write explore.html: every answer, in a browser")
     flag("--output-dir", type=folder, default=Demo("runs/demo/figures"), help="folder for the figures")
     return runs.parse(parser, argv, own=("evaluation", "runs"))
 
@@ -247,28 +250,34 @@ def read_run(path: str) -> tuple[dict, list[dict]]:
 
 def main(args):
     runs.need(args.evaluation, "python evaluate.py")
-    by_policy: dict = {}
+    everyone: dict = {}
     for row in read_jsonl(os.path.join(args.evaluation, "responses.jsonl"), RESPONSE):
-        by_policy.setdefault(row["policy"], []).append(row)
+        everyone.setdefault(row["policy"], []).append(row)
     folders = runs.by_name("--runs", args.runs)
     for name, path in folders.items():
         runs.need(path, f"python {name}_ppo.py")
     logs = {name: read_run(path) for name, path in folders.items()}
-    initial = next(iter(by_policy))
-    by_policy = {name: rows for name, rows in by_policy.items() if name == initial or name in logs}
-    names = list(dict.fromkeys([*by_policy, *logs]))
+    initial = next(iter(everyone))
+    by_policy = {n: rows for n, rows in everyone.items() if n == initial or n in logs or not logs}
+    names = list(dict.fromkeys([*by_policy, *logs, *everyone]))
     free = iter(OTHERS * len(names))
     style = {name: (OWN.get(name) or next(free), DASHES[i % 6], pretty(name)) for i, name in enumerate(names)}
     figures = {
         "scatter": scatter(by_policy, style),
-        "training": training(logs, style, args.smooth),
         "distributions": distributions(by_policy, style),
-        "multiplier": multiplier(logs, style, args.smooth),
         "compensation": compensation(by_policy, style),
-        "kl": kl(logs, style, args.smooth),
     }
+    if logs:
+        figures["training"] = training(logs, style, args.smooth)
+        figures["multiplier"] = multiplier(logs, style, args.smooth)
+        figures["kl"] = kl(logs, style, args.smooth)
     for name, figure in figures.items():
         save(figure, os.path.join(args.output_dir, name))
+    if args.html:
+        path, groups = os.path.join(args.output_dir, "explore.html"), group_of(everyone[initial])
+        with writing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(page(args.evaluation, everyone, logs, style, groups, args.smooth))
+        print(path)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -114,8 +115,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None, namespace=None):
         args = super().parse_args(argv, namespace)
         for name, value in vars(args).items():
-            empty = value == "" and name not in ("ptx_dataset", "eval_dataset")
-            if empty or (name != "flags" and value in ([], [""])):  # [] is what argparse makes of --name=--
+            empty = value == "" and name not in ("ptx_dataset", "eval_dataset", "blind_spot")
+            # [] is what argparse makes of --name=--
+            if empty or (name not in ("flags", "runs") and value in ([], [""])):
                 self.error(f"argument --{name.replace('_', '-')}: expected a value")
         return args
 
@@ -159,6 +161,7 @@ def add_run_flags(parser, output_dir: str, training: bool = True, models: bool =
         flag("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
         flag("--resume-anyway", action="store_true", help="go on although the flags differ from the run's")
         flag("--overwrite", action="store_true", help="start afresh in a folder that holds a run; it is lost")
+        flag("--tensorboard", action="store_true", help="log the metrics to <output-dir>/tensorboard as well")
 
 
 def check_flags(args, ranks: int) -> None:
@@ -245,6 +248,8 @@ def claim_folder(args) -> None:
     --resume or --overwrite, and a resumed run the flags that it had. Raises RunError."""
     import filelock
 
+    if args.tensorboard and not find_spec("tensorboard"):
+        raise RunError("--tensorboard needs its package: pip install tensorboard")
     out = args.output_dir
     pid_file, args_file = os.path.join(out, ".pid"), os.path.join(out, "args.json")
     try:
@@ -280,7 +285,7 @@ _locks: dict = {}  # held until the process ends
 # what a resumed run may do otherwise: where and on what it runs, how much it logs, how long it is
 MAY_CHANGE = frozenset(
     "output_dir resume resume_anyway overwrite save_every keep sample_every steps epochs fsdp cpu_offload "
-    "offload_frozen cudnn_attention activation_checkpointing micro_batch_size".split()
+    "offload_frozen cudnn_attention activation_checkpointing micro_batch_size tensorboard".split()
 )
 _stop = {"requested": False, "agreed": False}  # by this process; by all ranks
 
@@ -555,8 +560,13 @@ class RunLog:
             else:
                 remove(path)
         if not self.first_step:
-            for name in ("checkpoints", "model"):
+            for name in ("checkpoints", "model", "tensorboard"):
                 remove(os.path.join(self.folder, name))
+        if self.args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # steps that are computed again replace those of before
+            self.board = SummaryWriter(os.path.join(self.folder, "tensorboard"), purge_step=self.first_step)
         write_json(os.path.join(self.folder, "args.json"), vars(self.args))
 
     def metrics(self, step: int, values: dict) -> None:
@@ -568,6 +578,10 @@ class RunLog:
             self._append("metrics.jsonl", [{"step": step} | values])
             self.bar.set_postfix({k: f"{values[k]:.3g}" for k in self.shown if k in values}, refresh=False)
             self.bar.update()
+            if self.args.tensorboard:
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
+                self.board.flush()
 
     def samples(self, step: int, rollout: dict) -> None:
         """Up to eight responses of a rollout."""

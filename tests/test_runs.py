@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ENVIRONMENT, ROOT
@@ -148,7 +150,7 @@ def arguments(folder, **changes) -> argparse.Namespace:
         "fsdp": False,
         "save_every": 0,
     }
-    flags |= dict.fromkeys(("overwrite", "resume", "resume_anyway"), False)
+    flags |= dict.fromkeys(("overwrite", "resume", "resume_anyway", "tensorboard"), False)
     return argparse.Namespace(**flags | {"output_dir": str(folder)} | changes)
 
 
@@ -192,7 +194,8 @@ def test_flags_that_cannot_be_read_are_said(used):
 
 def test_two_live_processes_do_not_write_into_one_folder(tmp_path):
     """Whatever their flags say; and a lock ends with its process, however that ends."""
-    claim = "import argparse, runs; runs.claim_folder(argparse.Namespace(output_dir='.', overwrite=False))"
+    flags = "output_dir='.', overwrite=False, tensorboard=False"
+    claim = f"import argparse, runs; runs.claim_folder(argparse.Namespace({flags}))"
     holder = subprocess.Popen(
         [sys.executable, "-c", f"{claim}; print('claimed', flush=True); input()"],
         cwd=tmp_path,
@@ -208,6 +211,41 @@ def test_two_live_processes_do_not_write_into_one_folder(tmp_path):
     holder.kill()
     holder.communicate()
     runs.claim_folder(arguments(tmp_path))
+
+
+def test_tensorboard_gets_every_metric_and_a_resumed_run_replaces_its_steps(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((Path(folder).relative_to(tmp_path).as_posix(), purge_step))
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def flush(self):
+            written.append("on disk")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(runs, "stop_on_signals", lambda: None)
+    (tmp_path / "tensorboard").mkdir()  # an older run's
+    for first_step in (0, 3):
+        log = runs.RunLog(arguments(tmp_path, tensorboard=True), "x", (), first_step)
+        assert first_step or not written  # nothing before the first line
+        log.metrics(first_step, {"cost": 1.5, "lambda": 2.0})
+        assert not (tmp_path / "tensorboard").exists()
+    log.close()
+    half = len(written) // 2
+    for first_step, calls in ((0, written[:half]), (3, written[half:])):
+        scalars = [("cost", 1.5, first_step), ("lambda", 2.0, first_step)]
+        assert calls == [("tensorboard", first_step), *scalars, "on disk"]
+
+
+def test_tensorboard_without_its_package_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match="--tensorboard needs its package: pip install tensorboard"):
+        runs.claim_folder(arguments(tmp_path / "new", tensorboard=True))
+    assert not (tmp_path / "new").exists()
 
 
 # ------------------------------------------------------------------------------ how a script ends

@@ -34,8 +34,8 @@ def demo(tmp_path_factory) -> Path:
     table = finish(Started(folder, "evaluate.py", "--samples", "1"))[0]
     assert table.startswith((folder / "runs/demo/evaluation/table.txt").read_text())
     assert "best-safe share" in table and "sft as the initial policy: quantiles of its learned cost" in table
-    paths = finish(Started(folder, "plots.py"))[0].split()
-    assert len(paths) == 5
+    paths = finish(Started(folder, "plots.py", "--html"))[0].split()
+    assert len(paths) == 7 and paths[-1] == "runs/demo/figures/explore.html"
     return folder
 
 

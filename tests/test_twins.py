@@ -27,6 +27,7 @@ ROOMS = {  # a room, and what it may import of ours
     "runs": {"distributed", "files"},
     "toy_world": {"models", "data", "distributed", "runs", "files"},
     "point_mass": {"runs", "files"},
+    "explore": set(),
 }
 EXPERIMENTS = tuple(f"experiments/{name}.py" for name in ("study", "figures", "satac_study", "satac_tabular"))
 FURTHER = ("tools/arena.py", "tools/plan.py", *EXPERIMENTS)
