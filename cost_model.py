@@ -53,7 +53,7 @@ def parse_args(argv=None):
     flag("--steps", type=count, default=600, help="optimizer steps")
     flag("--epochs", type=passes, default=0, help="passes over --dataset, in place of --steps (0: none)")
     flag("--batch-size", type=count, default=64, help="pairs per step, over all ranks")
-    flag("--micro-batch-size", type=count, default=64, help="pairs per forward pass and rank")
+    flag("--micro-batch-size", type=count, default=32, help="pairs per forward pass and rank")
     flag("--lr", type=nonnegative, default=1.5e-3, help="peak learning rate, cosine to zero")
     flag("--weight-decay", type=nonnegative, default=0.01, help="decoupled weight decay")
     flag("--warmup-ratio", type=fraction, default=0.03, help="share of steps with a rising learning rate")
