@@ -14,7 +14,8 @@ import torch
 import runs
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+PAGES = ("README.md", *DOCS, "benchmarks/RESULTS.md")
 CODE = [
     path for folder in (".", "tools", "experiments", "benchmarks") for path in (ROOT / folder).glob("*.py")
 ]
