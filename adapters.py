@@ -44,7 +44,7 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         A, B = (self.A, self.B) if self.on else (self.A0, self.B0)
         y = self.base_layer(x)
-        return y if A is None else y + self.scale * F.linear(F.linear(x, A), B)
+        return y if A is None else y + F.linear(self.scale * F.linear(x, A), B)
 
 
 class Head(nn.Linear):
