@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import adapters
+import repo_ppo
 from adapters import WithoutAdapters, adapt
-from files import read_json, read_jsonl, write_json
+from files import InputError, read_json, read_jsonl, write_json
 from models import load_causal_lm, load_score_model, save_score_model, token_log_probs
 
 WEIGHTS = "adapter_model.safetensors"
@@ -110,6 +111,29 @@ def test_targets_are_chosen_by_the_ends_of_names():
 
 # ------------------------------------------------------------------------------ a run
 
+
+def test_six_models_are_three_and_a_critic_of_another_start_is_apart(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    flags = [*RUNS["repo_ppo.py"].split(), *LORA, "--cost-critic", "start/llama/policy"]
+    models = repo_ppo.six_models(repo_ppo.parse_args([*flags, "--output-dir", "none"]))
+    policy, reference, reward_model, cost_model, reward_critic, cost_critic = models
+    assert reference.model is policy and reward_model.model is reward_critic
+    assert not any(parameter.requires_grad for parameter in cost_model.parameters())
+    assert not adapters.adapted(cost_model) and adapters.adapted(cost_critic)
+    assert (reward_critic.score_type, cost_critic.score_type, cost_model.score_type) == (
+        *["critic"] * 2,
+        "cost",
+    )
+    trained = [name for name, parameter in reward_critic.named_parameters() if parameter.requires_grad]
+    assert {name for name in trained if not name.endswith((".A", ".B"))} == {
+        "score_head.weight",
+        "score_head.bias",
+    }
+    flags = ["start/llama/cost" if flag == "start/llama/reward" else flag for flag in flags]
+    with pytest.raises(InputError, match="a cost model, and a reward model is needed"):
+        repo_ppo.six_models(repo_ppo.parse_args([*flags, "--output-dir", "none"]))
+
+
 LORA = "--lora-rank 4 --lora-alpha 8 --lr 1e-2".split()
 PPO = [*LORA, "--critic-lr", "1e-2"]
 
@@ -134,7 +158,8 @@ def test_two_processes_and_two_sharded_ones_agree_with_one(one):
 
 
 def test_in_bf16_a_sharded_policy_starts_at_its_reference_bit_for_bit(one):
-    flags = (*PPO, "--fsdp", "--dtype", "bf16", "--cpu-offload", "--activation-checkpointing")
+    flags = "--fsdp --dtype bf16 --cpu-offload --activation-checkpointing --minibatch-size 8".split()
+    flags = [*PPO, *flags, "--micro-batch-size", "8"]  # one pass for all: bf16 rounds by a pass's shape
     finish(*launch_ranks(one, "repo_ppo.py", "lora_bf16", 2, *flags))
     (first, second), weights = results(one, "repo_ppo.py", "lora_bf16")
     assert first["kl"] == 0 and second["kl"] != 0 and second["grad_norm"] > 0
