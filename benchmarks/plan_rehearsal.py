@@ -110,6 +110,7 @@ def tracked(config, args, world: int) -> dict[str, float]:
         starts = range(0, args.minibatch_size // world, small)
         ptx = [(sequences[i : i + small], mask[i : i + small], 1) for i in starts]
 
+        @torch.no_grad()
         def sample():
             with distributed.gathered(
                 policy
