@@ -35,7 +35,7 @@ class Adapter(nn.Module):
         self.base_layer, self.scale, self.on = layer, alpha / rank, True
         # GPT-2's Conv1D keeps its weight as (in, out)
         width, out = layer.weight.shape if isinstance(layer, Conv1D) else reversed(layer.weight.shape)
-        # float32, as all that is trained; A's distribution is that of the paper's own implementation, loralib
+        # float32, as all that is trained; A's distribution as in loralib, the paper's own implementation
         start = torch.empty(rank, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
         self.A = nn.Parameter(start.to(layer.weight.device))
         self.B = nn.Parameter(torch.zeros(out, rank, device=layer.weight.device))
@@ -135,8 +135,8 @@ def adapted(model: nn.Module) -> dict[str, Adapter]:
 
 
 def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The full state dict of a model with adapters, which is used up, -> that of one without, in float32: the
-    sum in bf16 would lose most of the small term."""
+    """The full state dict of a model with adapters, which is used up, -> that of one without them. In float32:
+    a sum in bf16 would lose most of the small term."""
     whole = {}
     for name in list(state):
         tensor = state.pop(name)
@@ -185,7 +185,7 @@ def save_adapter(args, model: nn.Module, state: dict[str, Tensor]) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "target_modules": args.lora_targets or sorted({name.rpartition(".")[2] for name in layers}),
         "modules_to_save": ["score_head"] if scores else None,
         "inference_mode": True,
     }

@@ -114,21 +114,24 @@ def test_targets_are_chosen_by_the_ends_of_names():
 
 def test_six_models_are_three_and_a_critic_of_another_start_is_apart(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    flags = [*RUNS["repo_ppo.py"].split(), *LORA, "--cost-critic", "start/llama/policy"]
+    flags = [*RUNS["repo_ppo.py"].split(), *LORA, "--cost-critic", "start/llama/policy", "--dtype", "bf16"]
     models = repo_ppo.six_models(repo_ppo.parse_args([*flags, "--output-dir", "none"]))
     policy, reference, reward_model, cost_model, reward_critic, cost_critic = models
     assert reference.model is policy and reward_model.model is reward_critic
     assert not any(parameter.requires_grad for parameter in cost_model.parameters())
     assert not adapters.adapted(cost_model) and adapters.adapted(cost_critic)
-    assert (reward_critic.score_type, cost_critic.score_type, cost_model.score_type) == (
-        *["critic"] * 2,
-        "cost",
-    )
-    trained = [name for name, parameter in reward_critic.named_parameters() if parameter.requires_grad]
-    assert {name for name in trained if not name.endswith((".A", ".B"))} == {
-        "score_head.weight",
-        "score_head.bias",
-    }
+    types = [model.score_type for model in (reward_critic, cost_critic, reward_model, cost_model)]
+    assert types == ["critic", "critic", "reward", "cost"]
+    for model in (policy, reward_critic, cost_critic):
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        heads = {name for name in trained if not name.endswith((".A", ".B"))}
+        assert heads == ({"score_head.weight", "score_head.bias"} if model is not policy else set())
+        kept = {
+            p.dtype
+            for name, p in model.named_parameters()
+            if "score_head" not in name and name not in trained
+        }
+        assert kept == {torch.bfloat16} and {p.dtype for p in trained.values()} == {torch.float32}
     flags = ["start/llama/cost" if flag == "start/llama/reward" else flag for flag in flags]
     with pytest.raises(InputError, match="a cost model, and a reward model is needed"):
         repo_ppo.six_models(repo_ppo.parse_args([*flags, "--output-dir", "none"]))
