@@ -135,7 +135,7 @@ def adapted(model: nn.Module) -> dict[str, Adapter]:
 
 
 def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The full state dict of a model with adapters, which is used up, -> that of one without them. In float32:
+    """The full state dict of a model with adapters, which is used up, -> that of one without. In float32:
     a sum in bf16 would lose most of the small term."""
     whole = {}
     for name in list(state):
