@@ -26,6 +26,7 @@ from torch import Tensor
 import data
 import models
 import runs
+from adapters import adapt, saver
 from data import batch_indices, pad
 from distributed import clip_gradients, deal, device, gather_rows, loading, rank, shard, world_size
 from models import ScoreModel, end_scores
@@ -181,7 +182,7 @@ def main(args):
     # ------------------------------------------------------------------ model
     model = models.load_score_model(args.model, "cost", new_head=True, **loading(args))
     models.check_context(model.config, args.max_length, args.model)
-    model = shard(model, args)
+    model = shard(adapt(model, args, args.adapter), args)
     optimizer = runs.adamw(model, args.lr, args.weight_decay)
     trained = {"model": (model, optimizer)}
     first_step = runs.load_checkpoint(args, trained, {})["step"]
@@ -223,7 +224,7 @@ def main(args):
     if eval_pairs and rank() == 0 and args.steps > first_step:
         print(f"held-out pairs ordered rightly: {metrics['eval_accuracy']:.1%} of {len(eval_pairs)}")
         print(f"sign of the cost right: {metrics['eval_sign_accuracy']:.1%}")
-    runs.save_final(args, models.save_score_model, model, tokenizer)
+    runs.save_final(args, saver(args, models.save_score_model), model, tokenizer)
 
 
 if __name__ == "__main__":

@@ -160,8 +160,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def loading(args, trained: bool = True) -> dict:
-    """How to load a model for `shard`: in the dtype that it will keep, and with --fsdp without memory yet."""
-    bf16 = args.dtype == "bf16" and not trained
+    """How to load a model for `shard`: in the dtype that it will keep, and with --fsdp without memory yet.
+    Under adapters it is frozen, and only they are trained."""
+    bf16 = args.dtype == "bf16" and (not trained or args.lora_rank > 0)
     return {"dtype": torch.bfloat16 if bf16 else torch.float32, "on_meta": args.fsdp}
 
 

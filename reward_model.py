@@ -25,6 +25,7 @@ from torch import Tensor
 import data
 import models
 import runs
+from adapters import adapt, saver
 from data import batch_indices, pad
 from distributed import clip_gradients, deal, device, gather_rows, loading, rank, shard, world_size
 from models import ScoreModel, end_scores
@@ -156,7 +157,7 @@ def main(args):
     # ------------------------------------------------------------------ model
     model = models.load_score_model(args.model, "reward", new_head=True, **loading(args))
     models.check_context(model.config, args.max_length, args.model)
-    model = shard(model, args)
+    model = shard(adapt(model, args, args.adapter), args)
     optimizer = runs.adamw(model, args.lr, args.weight_decay)
     trained = {"model": (model, optimizer)}
     first_step = runs.load_checkpoint(args, trained, {})["step"]
@@ -196,7 +197,7 @@ def main(args):
     log.close()
     if eval_pairs and rank() == 0 and args.steps > first_step:
         print(f"held-out pairs ordered rightly: {metrics['eval_accuracy']:.1%} of {len(eval_pairs)}")
-    runs.save_final(args, models.save_score_model, model, tokenizer)
+    runs.save_final(args, saver(args, models.save_score_model), model, tokenizer)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def parse(parser, argv: list[str] | None, own: tuple[str, ...] = ("model", "data
 
 
 def of_demo(value) -> bool:
-    return isinstance(value, Demo) or (isinstance(value, list) and any(of_demo(path) for _, path in value))
+    pairs = [item for item in value if isinstance(item, tuple)] if isinstance(value, list) else []
+    return isinstance(value, Demo) or any(of_demo(path) for _, path in pairs)
 
 
 def add_run_flags(parser, output_dir: str, training: bool = True, models: bool = True) -> None:
@@ -162,6 +163,14 @@ def add_run_flags(parser, output_dir: str, training: bool = True, models: bool =
         flag("--resume-anyway", action="store_true", help="go on although the flags differ from the run's")
         flag("--overwrite", action="store_true", help="start afresh in a folder that holds a run; it is lost")
         flag("--tensorboard", action="store_true", help="log the metrics to <output-dir>/tensorboard as well")
+    if models and training:
+        flag = parser.add_argument_group("low-rank adapters").add_argument
+        flag("--lora-rank", type=whole, default=0, help="train adapters of this rank r only (0: all weights)")
+        flag("--lora-alpha", type=positive, default=16.0, help="the adapters' output is scaled by alpha / r")
+        flag(
+            "--lora-targets", nargs="+", metavar="NAME", help="layers, as q_proj v_proj (else all in blocks)"
+        )
+        flag("--adapter", type=folder, help="a saved adapter of --model to go on from")
 
 
 def check_flags(args, ranks: int) -> None:
@@ -169,6 +178,8 @@ def check_flags(args, ranks: int) -> None:
     for name in ("cpu_offload", "offload_frozen"):
         if getattr(args, name, False) and not args.fsdp:
             raise RunError(f"--{name.replace('_', '-')} works on shards: add --fsdp")
+    if getattr(args, "adapter", None) and not args.lora_rank:
+        raise RunError("--adapter goes on with a saved adapter: give its rank by --lora-rank")
     if getattr(args, "max_new_tokens", None) and args.max_length and args.max_new_tokens >= args.max_length:
         tokens, length = args.max_new_tokens, args.max_length
         raise RunError(f"--max-new-tokens {tokens} leaves no room for a prompt in --max-length {length}")
@@ -362,11 +373,15 @@ def check_finite(step: int, **values) -> None:
 
 
 def _trained_state(trained: dict) -> dict:
+    """The tensors of a checkpoint: weights that are trained, buffers, and optimizer states."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     state = {}
     for name, (model, optimizer) in trained.items():
-        state[name], state[name + "_optimizer"] = get_state_dict(model, optimizer)
+        weights, state[name + "_optimizer"] = get_state_dict(model, optimizer)
+        named = model.named_parameters(remove_duplicate=False)  # tied ones by both of their names
+        frozen = {n.replace("_checkpoint_wrapped_module.", "") for n, p in named if not p.requires_grad}
+        state[name] = {n: tensor for n, tensor in weights.items() if n not in frozen}
     return state
 
 
@@ -451,7 +466,7 @@ def load_checkpoint(args, trained: dict, extra: dict) -> dict:
     fields of the given one, and `step`. Where nothing is to be resumed, the given one, at step 0."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     from distributed import gather_objects, rank
 
@@ -473,7 +488,13 @@ def load_checkpoint(args, trained: dict, extra: dict) -> dict:
         dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
         for name, (model, optimizer) in trained.items():
             model_state, optimizer_state = state[name], state[name + "_optimizer"]
-            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+            set_state_dict(
+                model,
+                optimizer,
+                model_state_dict=model_state,
+                optim_state_dict=optimizer_state,
+                options=StateDictOptions(strict=False),  # frozen weights are not in it
+            )
     except (Exception, dcp.CheckpointException) as error:
         raise RunError(
             f"{path} cannot be resumed ({last_words(error)}); was it written with another model?"
@@ -560,7 +581,7 @@ class RunLog:
             else:
                 remove(path)
         if not self.first_step:
-            for name in ("checkpoints", "model", "tensorboard"):
+            for name in ("checkpoints", "model", "adapter", "tensorboard"):
                 remove(os.path.join(self.folder, name))
         if self.args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

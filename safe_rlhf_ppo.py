@@ -34,6 +34,7 @@ from torch import Tensor
 import data
 import models
 import runs
+from adapters import WithoutAdapters, adapt, saver
 from data import batch_indices, frame, micro_batches, pad, rejoin, same_tokenizer
 from distributed import clip_gradients, deal, device, gather_rows, gathered, loading, shard, world_size
 from models import (
@@ -212,6 +213,36 @@ def ptx_loss(log_probs: Tensor, mask: Tensor) -> Tensor:
     The policy descends E7 + ptx_coeff * E9 in one optimizer step, so that it keeps the language of its
     supervised start. Published: trainers/rl_trainer.py, RLTrainer.ptx_step (there a step of its own)."""
     return -masked_mean(log_probs, mask)
+
+
+# ------------------------------------------------------------------------------ six models
+
+
+def six_models(args) -> tuple:
+    """Policy, reference, reward model, cost model, reward critic and cost critic.
+
+    With --lora-rank r a frozen model is its trained twin without the adapters, W for W + (alpha / r) B A: the
+    six are three sets of weights. A critic of another start than its score model leaves these two apart."""
+    frozen = {"args": args, "trained": False}
+    policy = shard(adapt(load_causal_lm(args.model, **loading(args)), args, args.adapter), args)
+    if args.lora_rank:
+        reference = WithoutAdapters(policy)
+    else:
+        reference = shard(load_causal_lm(args.model, **loading(**frozen)), **frozen)
+    score_models, critics = [], []
+    for kind, path, own in (
+        ("reward", args.reward_model, args.reward_critic),
+        ("cost", args.cost_model, args.cost_critic),
+    ):
+        if args.lora_rank and not own:
+            critic = shard(adapt(load_score_model(path, kind, **loading(args)), args), args)
+            score_models.append(WithoutAdapters(critic))
+        else:
+            score_models.append(shard(load_score_model(path, kind, **loading(**frozen)), **frozen))
+            critic = load_score_model(own or path, "critic", new_head=bool(own), **loading(args))
+            critic = shard(adapt(critic, args), args)
+        critics.append(critic)
+    return policy, reference, *score_models, *critics
 
 
 # ------------------------------------------------------------------------------ a rollout and its scores
@@ -396,16 +427,7 @@ def main(args):
         ptx_rows = data.fitting(args.ptx_dataset, ptx_rows, tokenizer, args.max_length - 1, args)
 
     # ------------------------------------------------------------------ six models
-    policy = shard(load_causal_lm(args.model, **loading(args)), args)
-    reference = shard(load_causal_lm(args.model, **loading(args, trained=False)), args, trained=False)
-    reward_model, cost_model = (
-        shard(load_score_model(path, kind, **loading(args, trained=False)), args, trained=False)
-        for path, kind in ((args.reward_model, "reward"), (args.cost_model, "cost"))
-    )
-    reward_critic, cost_critic = (
-        shard(load_score_model(own or scorer, "critic", new_head=bool(own), **loading(args)), args)
-        for own, scorer in ((args.reward_critic, args.reward_model), (args.cost_critic, args.cost_model))
-    )
+    policy, reference, reward_model, cost_model, reward_critic, cost_critic = six_models(args)
     optimizers = {
         "policy": runs.adamw(policy, args.lr, args.weight_decay),
         "reward_critic": runs.adamw(reward_critic, args.critic_lr, 0.0),
@@ -483,7 +505,7 @@ def main(args):
             runs.save_checkpoint(args, step + 1, trained, state)
 
     log.close()
-    runs.save_final(args, models.save_causal_lm, policy, tokenizer)
+    runs.save_final(args, saver(args, models.save_causal_lm), policy, tokenizer)
 
 
 if __name__ == "__main__":

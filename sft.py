@@ -18,6 +18,7 @@ from torch import Tensor
 import data
 import models
 import runs
+from adapters import adapt, saver
 from data import batch_indices, frame
 from distributed import clip_gradients, deal, device, loading, shard
 from models import token_log_probs
@@ -76,7 +77,7 @@ def main(args):
     # ------------------------------------------------------------------ model
     policy = models.load_causal_lm(args.model, args.from_config, **loading(args))
     models.check_context(policy.config, args.max_length, args.model)
-    policy = shard(policy, args)
+    policy = shard(adapt(policy, args, args.adapter), args)
     optimizer = runs.adamw(policy, args.lr, args.weight_decay)
     trained = {"policy": (policy, optimizer)}
     first_step = runs.load_checkpoint(args, trained, {})["step"]
@@ -111,7 +112,7 @@ def main(args):
             runs.save_checkpoint(args, step + 1, trained, {})
 
     log.close()
-    runs.save_final(args, models.save_causal_lm, policy, tokenizer)
+    runs.save_final(args, saver(args, models.save_causal_lm), policy, tokenizer)
 
 
 if __name__ == "__main__":

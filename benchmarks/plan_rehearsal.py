@@ -6,10 +6,13 @@ on a 7B configuration and 8 GPUs' worth of ranks, with fake tensors, a fake proc
 Prints predicted and tracked peak per phase and their ratio. Nothing is allocated: it runs on a laptop.
 """
 
+import argparse
 import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,6 +37,9 @@ RECIPE += "--batch-size 128 --minibatch-size 128 --micro-batch-size 4".split()
 RECIPE += "--dataset none --ptx-dataset some --output-dir none".split()  # none of them is opened
 
 
+NO_HOOKS = (SimpleNamespace(remove=lambda: None),) * 2
+
+
 class Tracker(MemTracker):
     """Lets a model be called more than once: only the peak of all is of interest, not every module's."""
 
@@ -43,8 +49,10 @@ class Tracker(MemTracker):
         super()._pre_fw_hook(module, inputs)
 
     def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
-        trained = any(p.requires_grad for p in module.parameters())  # a frozen weight takes no hook
-        return super()._track_module_params_and_buffers(module, install_grad_hooks and trained)
+        for parameter in module.parameters():
+            if not parameter.requires_grad:  # takes no hook: as if it had its two
+                self._param_to_grad_hook_handles[parameter] = NO_HOOKS
+        return super()._track_module_params_and_buffers(module, install_grad_hooks)
 
 
 @contextmanager
@@ -52,23 +60,24 @@ def fake_run(world: int):
     """Fake tensors on `world` ranks; numbers that a fake tensor cannot give are 1."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     mesh = init_device_mesh("cpu", (world,))  # its ranks are numbers: before the fake mode
-    original, item, spans = fully_shard_module._init_default_mesh, torch.Tensor.item, data.spans
-    fully_shard_module._init_default_mesh = lambda *args, **kwargs: mesh
-    torch.Tensor.item = lambda self: 1.0
-    data.spans = lambda mask: [(0, mask.shape[1])] * len(mask)  # and every row is as long as can be
 
     def clip(model, norm: float) -> float:
         torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
         return 0.0
 
-    repo_ppo.clip_gradients = clip
-    try:
-        with FakeTensorMode():
+    patch = mock.patch.object
+    with (
+        patch(fully_shard_module, "_init_default_mesh", lambda *args, **kwargs: mesh),
+        patch(torch.Tensor, "item", lambda self: 1.0),
+        patch(data, "spans", lambda mask: [(0, mask.shape[1])] * len(mask)),  # every row is as long as can be
+        patch(torch.nn.Module, "to", lambda self, *args, **kwargs: self),  # it is on its device
+        patch(repo_ppo, "clip_gradients", clip),
+        FakeTensorMode(),
+    ):
+        try:
             yield
-    finally:
-        fully_shard_module._init_default_mesh, torch.Tensor.item, data.spans = original, item, spans
-        repo_ppo.clip_gradients = distributed.clip_gradients
-        dist.destroy_process_group()
+        finally:
+            dist.destroy_process_group()
 
 
 def tracked(config, args, world: int) -> dict[str, float]:
@@ -76,22 +85,19 @@ def tracked(config, args, world: int) -> dict[str, float]:
     rows, response, small = args.batch_size // world, args.max_new_tokens, args.micro_batch_size
     width = args.max_length - response
 
-    def language_model(trained: bool):
-        dtype = distributed.loading(args, trained)["dtype"]
+    def language_model(path: str, dtype, on_meta: bool):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
-    def score_model(kind: str, trained: bool):
-        dtype = distributed.loading(args, trained)["dtype"]
+    def score_model(path: str, kind: str, new_head: bool = False, *, dtype, on_meta: bool):
         return ScoreModel(AutoModel.from_config(config, dtype=dtype), kind)
 
-    with fake_run(world):
-        policy = distributed.shard(language_model(True), args)
-        reference = distributed.shard(language_model(False), args, trained=False)
-        frozen = [
-            distributed.shard(score_model(kind, False), args, trained=False) for kind in ("reward", "cost")
-        ]
-        critics = [distributed.shard(score_model("critic", True), args) for _ in range(2)]
-        trained = {"policy": policy, "reward_critic": critics[0], "cost_critic": critics[1]}
+    with (
+        fake_run(world),
+        mock.patch.multiple(repo_ppo, load_causal_lm=language_model, load_score_model=score_model),
+    ):
+        models = repo_ppo.six_models(args)
+        policy, _, _, _, *critics = models
+        trained = dict(zip(("policy", "reward_critic", "cost_critic"), (policy, *critics)))
         optimizers = {name: runs.adamw(model, 1e-5, 0.01) for name, model in trained.items()}
         sequences = torch.zeros(rows, args.max_length, dtype=torch.long)
         mask, per_token = torch.ones_like(sequences), torch.zeros(rows, response)
@@ -104,6 +110,7 @@ def tracked(config, args, world: int) -> dict[str, float]:
         starts = range(0, args.minibatch_size // world, small)
         ptx = [(sequences[i : i + small], mask[i : i + small], 1) for i in starts]
 
+        @torch.no_grad()
         def sample():
             with distributed.gathered(
                 policy
@@ -111,7 +118,7 @@ def tracked(config, args, world: int) -> dict[str, float]:
                 generate(sampler, sequences[:, :-2], mask[:, :-2], 2, uniforms=torch.zeros(rows, 2))
 
         def score():
-            repo_ppo.score(dict(rollout), reference, *frozen, *critics, args)
+            repo_ppo.score(dict(rollout), *models[1:], args)
 
         def update():
             repo_ppo.update(policy, *critics, optimizers, batch, ptx, args)
@@ -120,7 +127,8 @@ def tracked(config, args, world: int) -> dict[str, float]:
         peaks = {}
         for name, function in (("rollout", sample), ("scoring", score), ("update", update)):
             tracker = Tracker()
-            tracker.track_external(policy, reference, *frozen, *critics, *optimizers.values())
+            held = (model for model in models if isinstance(model, torch.nn.Module))  # not a view of another
+            tracker.track_external(*held, *optimizers.values())
             with tracker:
                 function()
             peaks[name] = sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
@@ -136,6 +144,8 @@ def compare(config, flags: list[str], world: int) -> list[tuple[str, float, floa
         predicted: dict[str, float] = {}
         for name, components in plan.phases(args, world)[0]:
             predicted[name.split()[0]] = max(predicted.get(name.split()[0], 0), sum(components.values()))
+        short = argparse.Namespace(**vars(args) | {"max_new_tokens": 2})  # as `sample` does it
+        predicted["rollout"] = sum(dict(plan.phases(short, world)[0])["rollout"].values())
     measured = tracked(config, args, world)
     return [(name, predicted[name], measured[name]) for name in measured]
 

@@ -32,6 +32,7 @@ def save(folder, config) -> str:
 def arguments(folder: str, **changes) -> argparse.Namespace:
     flags = {"model": folder, "dtype": "fp32", "batch_size": 8, "micro_batch_size": 4, "max_length": 16}
     flags |= dict.fromkeys(("fsdp", "cpu_offload", "activation_checkpointing"), False)
+    flags |= {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": None}
     return argparse.Namespace(**flags | changes)
 
 
@@ -91,6 +92,27 @@ def test_the_plan_agrees_with_the_memory_tracker_on_a_7b_shape():
     flags = [*plan_rehearsal.RECIPE, "--batch-size", "32", "--minibatch-size", "32"]
     for name, predicted, tracked in plan_rehearsal.compare(plan_rehearsal.llama_7b(2), flags, 8):
         assert predicted == pytest.approx(tracked, rel=0.1), name
+
+
+def test_with_adapters_six_models_are_three_sets_of_weights(tmp_path):
+    """By hand, and two blocks of a 7B shape on one GPU, without --fsdp, against the tracker."""
+    import plan_rehearsal
+
+    flags = [*plan_rehearsal.RECIPE, *"--lora-rank 16 --batch-size 4 --minibatch-size 4".split()]
+    flags.remove("--fsdp")
+    for name, predicted, tracked in plan_rehearsal.compare(plan_rehearsal.llama_7b(2), flags, 1):
+        assert predicted == pytest.approx(tracked, rel=0.1), name
+    folder = save(tmp_path, plan_rehearsal.llama_7b(2))
+    own = f"--model {folder} --reward-model {folder} --cost-model {folder}".split()
+    adapters = (
+        2 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    )  # A and B of the seven linear layers of two blocks
+    frozen = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 32001 * 4096
+    for sharded, ranks in (([], 1), (["--fsdp"], 4)):
+        args = plan_rehearsal.repo_ppo.parse_args([*own, *flags, *sharded])
+        (_, rollout), *_ = plan.phases(args, ranks)[0]
+        assert rollout["weights"] == (2 * (3 * frozen + 32001 * 4096) + 4 * 3 * adapters) / ranks
+        assert rollout["optimizer"] == 8 * 3 * adapters / ranks
 
 
 def test_the_advice_makes_it_fit_and_needs_no_weights(tmp_path, capsys):

@@ -13,16 +13,20 @@ MADE = {
     "safe_rlhf_7b_8gpu.sh": ("safe_rlhf_7b",),
     "repo_7b_8gpu.sh": ("repo_7b",),
     "repo_3b_1gpu.sh": ("llama_3b_sft", "repo_3b"),
+    "repo_7b_1gpu.sh": ("repo_7b_lora",),
 }
-PAIRS = [("score_models_7b.sh", "repo_3b_1gpu.sh"), ("safe_rlhf_7b_8gpu.sh", "repo_7b_8gpu.sh")]
+GROUPS = [
+    ("score_models_7b.sh", "repo_3b_1gpu.sh"),
+    ("safe_rlhf_7b_8gpu.sh", "repo_7b_8gpu.sh", "repo_7b_1gpu.sh"),
+]
 
 
 def test_every_recipe_is_rehearsed():
     assert MADE.keys() == {p.name for p in (ROOT / "recipes").glob("*.sh")} - {"common.sh"}
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_recipes_run_and_leave_models(tmp_path, pair):
+@pytest.mark.parametrize("together", GROUPS, ids="-".join)
+def test_recipes_run_and_leave_models(tmp_path, together):
     def rehearse(recipe: str) -> subprocess.Popen:
         environment = ENVIRONMENT | {
             "REHEARSAL": str(tmp_path / recipe),
@@ -34,8 +38,8 @@ def test_recipes_run_and_leave_models(tmp_path, pair):
             ["bash", str(ROOT / "recipes" / recipe)], cwd=tmp_path, env=environment, **pipes
         )
 
-    finish(*map(rehearse, pair))  # side by side: one process each
-    for recipe in pair:
+    finish(*map(rehearse, together))  # side by side: one process each
+    for recipe in together:
         for name in MADE[recipe]:
             run = tmp_path / recipe / "runs" / name
             assert len(read_jsonl(f"{run}/metrics.jsonl")) == 2

@@ -24,6 +24,7 @@ ROOMS = {  # a room, and what it may import of ours
     "distributed": {"files"},
     "data": {"files"},
     "models": {"files"},
+    "adapters": {"distributed", "files"},
     "runs": {"distributed", "files"},
     "toy_world": {"models", "data", "distributed", "runs", "files"},
     "point_mass": {"runs", "files"},
@@ -147,7 +148,7 @@ def test_every_flag_is_read(name):
     # what a training script does not read itself, the rooms below it and the plan read
     readers = (
         text + source("runs.py") + source("distributed.py") + (source("data.py") if name in STAGES else "")
-    )
+    ) + source("adapters.py")
     assert flags
     for flag in (flag.replace("-", "_") for flag in flags):
         assert re.search(rf"args\.{flag}\b|getattr\(args, \"{flag}\"|\"{flag}\"", readers), flag

@@ -9,6 +9,7 @@ do. N parameters, W ranks, b bytes of the compute dtype (2 in bf16, 4 in fp32):
 
     a trained model     4 N / W weights + 8 N / W Adam + 4 N / W gradients while its turn lasts
     a frozen model      b N / W
+    with --lora-rank    both are one: b N / W weights, and the first line with the adapters' parameters for N
     sampling            b N of the gathered policy + 2 b layers B L kv_heads head_dim of the key-value cache
     forward, backward   the root unit and two blocks gathered, in the backward pass a block's gradients too
     activations         all blocks', or with --activation-checkpointing every block's input and one block's
@@ -28,6 +29,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import runs
+from adapters import adapt, adapted
 from distributed import blocks
 from files import InputError, reading
 from models import PIECE, load_config, position_ids, reading_part
@@ -37,21 +39,29 @@ GIB = 1 << 30
 COLUMNS = ("weights", "optimizer", "gradients", "gathered", "kv cache", "activations", "logits")
 
 
-class Shape:
-    """What matters of a model: the parameters of a block and of the rest, and how wide its tensors are."""
+def count_of(modules: list[nn.Module], trained: bool = False) -> int:
+    """Parameters of the modules, all or the trained ones."""
+    return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad or not trained)
 
-    def __init__(self, path: str, with_lm_head: bool, dtype: torch.dtype):
+
+class Shape:
+    """What matters of a model: the parameters of a block and of the rest, how many of them a training trains,
+    and how wide its tensors are. `lora`: rank, alpha and targets of its adapters; rank 0: none."""
+
+    def __init__(self, path: str, with_lm_head: bool, dtype: torch.dtype, lora: tuple = (0, 1.0, None)):
         self.config = load_config(path)
         self.with_lm_head, self.dtype = with_lm_head, dtype
+        self.lora = argparse.Namespace(**dict(zip(("lora_rank", "lora_alpha", "lora_targets"), lora)))
         with reading(path), torch.device("meta"):  # a damaged config.json may ask for anything
             model = self.build(self.config)
+        model = adapt(model, self.lora)
         layers, part = blocks(model), reading_part(self.config)
         self.layers, self.hidden, self.words = len(layers), part.hidden_size, part.vocab_size
-        self.total = sum(p.numel() for p in model.parameters())
-        self.block = (
-            sum(p.numel() for layer in layers for p in layer.parameters()) // self.layers
-        )  # their mean
+        self.total, self.trained = count_of([model]), count_of([model], trained=True)
+        self.block = count_of(layers) // self.layers  # their mean
+        self.trained_block = count_of(layers, trained=True) // self.layers
         self.root = self.total - self.layers * self.block
+        self.trained_root = self.trained - self.layers * self.trained_block
         self.experts = any(name.endswith("experts") for name, _ in model.named_modules())
         heads = part.num_attention_heads
         self.kv_width = getattr(part, "num_key_value_heads", None) or heads
@@ -88,6 +98,8 @@ def saved_on_fakes(shape: Shape, rows: int, length: int) -> tuple[int, int]:
         model = AutoModel.from_config(short, dtype=dtype)
     except (ValueError, AttributeError):  # where they depend on each other: all of them
         model = AutoModel.from_config(shape.config, dtype=dtype)
+    for adapter in adapted(adapt(model, shape.lora)).values():  # they compute in its dtype, too
+        adapter.A, adapter.B = nn.Parameter(adapter.A.to(dtype)), nn.Parameter(adapter.B.to(dtype))
     own, layers = {p.untyped_storage()._cdata for p in model.parameters()}, blocks(model)
     inside, outside, block = {}, {}, []  # storage -> bytes; the block that runs
 
@@ -131,25 +143,25 @@ def passes(shape: Shape, args, world: int, rows: int, response: int, backward: b
         kept, inside = root_saved + shape.layers * block_saved, 0
     one = rows * (response + 1) * shape.words if shape.with_lm_head and response else 0
     piece = min(one, PIECE) * 4
-    logits = one * width + (4 if backward else 2) * piece  # float32 pieces come and go
+    logits = one * width + (3 if backward else 2) * piece  # float32 pieces come and go
 
     if args.fsdp:
         root = shape.root * width
         gathered = root + 2 * shape.block * width  # a block, and the next one on its way
-        unreduced = shape.block * width  # a block's gradients; the root's head has its own from the beginning
-        head = shape.words * shape.hidden * width if shape.with_lm_head else 0
-        copy, root_gradients = (
-            shape.block * 4,
-            shape.root * (width + 4 + 4 / world),
-        )  # float32 for the reduction
+        # a block's gradients; the root's head has its own from the beginning
+        unreduced = shape.trained_block * width
+        head = shape.words * shape.hidden * width if shape.with_lm_head and shape.trained_root else 0
+        copy = shape.trained_block * 4  # float32 for the reduction
+        root_gradients = shape.trained_root * (width + 4 + 4 / world)
     else:  # autocast's copies live as long as the pass
-        gathered = root = shape.total * width if backward and width == 2 else 0
+        gathered = root = shape.trained * width if backward and width == 2 else 0
         unreduced = head = copy = root_gradients = 0
     at_logits = {"gathered": gathered, "activations": kept, "logits": logits}
     in_block = {"gathered": gathered, "activations": kept + inside}
     moments = [at_logits, in_block]
     if backward:
-        at_logits["logits"] += 2 * one * width
+        at_logits["logits"] += one * width * (1 if one <= PIECE else 2)  # gradients, of pieces and their sum
+        at_logits["gathered"] = root
         in_block["gradients"] = head + unreduced
         moments.append({"gathered": gathered, "activations": kept, "gradients": head + unreduced + copy})
         moments.append({"gathered": root, "gradients": root_gradients})
@@ -160,7 +172,7 @@ def sampling(shape: Shape, args, rows: int) -> dict[str, float]:
     """Bytes beyond shards while `rows` prompts are answered: at the pass over the prompts or at the last
     token, whichever is more."""
     width, prompt = bytes_of(args), args.max_length - args.max_new_tokens
-    copies = shape.total * width if args.fsdp or width == 2 else 0
+    copies = shape.total * width if args.fsdp else shape.trained * width if width == 2 else 0
     token = 2 * width * rows * shape.kv_width  # in one layer
     first = {"gathered": copies, "kv cache": token * prompt * shape.layers}
     first["activations"] = saved(shape, rows, prompt)[0] / 2
@@ -177,24 +189,38 @@ def sampling(shape: Shape, args, rows: int) -> dict[str, float]:
 
 
 @functools.lru_cache
-def shape_of(path: str, with_lm_head: bool, bf16: bool) -> Shape:
-    return Shape(path, with_lm_head, torch.bfloat16 if bf16 else torch.float32)
+def shape_of(path: str, with_lm_head: bool, bf16: bool, lora: tuple = (0, 1.0, None)) -> Shape:
+    return Shape(path, with_lm_head, torch.bfloat16 if bf16 else torch.float32, lora)
 
 
 def models_of(args) -> tuple[dict[str, tuple[Shape, bool]], str]:
     """Role -> (shape, trained) of every model that the script holds at once, and the kind of script."""
-    shape = functools.partial(shape_of, bf16=args.dtype == "bf16")
+    frozen = functools.partial(shape_of, bf16=args.dtype == "bf16")
+    trained = functools.partial(frozen, lora=lora_of(args))
     if hasattr(args, "ppo_epochs"):
-        return {
-            "policy": (shape(args.model, True), True),
-            "reference": (shape(args.model, True), False),
-            "reward model": (shape(args.reward_model, False), False),
-            "cost model": (shape(args.cost_model, False), False),
-            "reward critic": (shape(args.reward_critic or args.reward_model, False), True),
-            "cost critic": (shape(args.cost_critic or args.cost_model, False), True),
-        }, "ppo"
+        models = {
+            "policy": (trained(args.model, True), True),
+            "reference": (frozen(args.model, True), False),
+            "reward model": (frozen(args.reward_model, False), False),
+            "cost model": (frozen(args.cost_model, False), False),
+            "reward critic": (trained(args.reward_critic or args.reward_model, False), True),
+            "cost critic": (trained(args.cost_critic or args.cost_model, False), True),
+        }
+        if args.lora_rank:  # one set of weights with its twin (six_models of the PPO scripts)
+            for name, own in (
+                ("reference", ""),
+                ("reward model", args.reward_critic),
+                ("cost model", args.cost_critic),
+            ):
+                if not own:
+                    del models[name]
+        return models, "ppo"
     pairs = hasattr(args, "eval_dataset")
-    return {"model": (shape(args.model, not pairs), True)}, "pairs" if pairs else "supervised"
+    return {"model": (trained(args.model, not pairs), True)}, "pairs" if pairs else "supervised"
+
+
+def lora_of(args) -> tuple:
+    return args.lora_rank, args.lora_alpha, tuple(args.lora_targets or ()) or None
 
 
 def phases(args, world: int) -> tuple[list[tuple[str, dict[str, float]]], float]:
@@ -203,15 +229,16 @@ def phases(args, world: int) -> tuple[list[tuple[str, dict[str, float]]], float]
     ranks = world if args.fsdp else 1
     resident, host = {"weights": 0.0, "optimizer": 0.0}, 0.0
     for shape, trained in models.values():
-        weights = shape.total * (4 if trained else bytes_of(args)) / ranks
-        optimizer = 8 * shape.total / ranks if trained else 0
+        learned = shape.trained if trained else 0
+        weights = (4 * learned + bytes_of(args) * (shape.total - learned)) / ranks
+        optimizer = 8 * learned / ranks
         if args.cpu_offload or (not trained and getattr(args, "offload_frozen", False)):
             host += (weights + optimizer) * world
         else:
             resident["weights"] += weights
             resident["optimizer"] += optimizer
     if args.cpu_offload:
-        host += 4 * max(shape.total for shape, trained in models.values() if trained)
+        host += 4 * max(shape.trained for shape, trained in models.values() if trained)
     # the final weights are gathered on rank 0
     host = max(host, 4 * max(shape.total for shape, _ in models.values()))
 
@@ -222,7 +249,7 @@ def phases(args, world: int) -> tuple[list[tuple[str, dict[str, float]]], float]
         """The larger of the passes that end in logits of so many tokens, and the gradients they add up to."""
         turns = [passes(shape, args, world, rows, response, backward=True) for response in responses]
         extra = max(turns, key=lambda turn: sum(turn.values()))
-        gradients = 0 if args.cpu_offload else 4 * shape.total / ranks
+        gradients = 0 if args.cpu_offload else 4 * shape.trained / ranks
         return phase(extra | {"gradients": extra.get("gradients", 0) + gradients})
 
     mine = args.batch_size // world

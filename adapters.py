@@ -1,0 +1,245 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): a frozen model and its trained twin in one.
+
+    y = W x + b + (alpha / r) B A x        A (r, in), B (out, r): trained    W (out, in), b: frozen
+
+B starts at zero: training begins at the frozen model, bit for bit. A PPO step needs models in pairs, policy
+and reference, a critic and the score model that it started from. Each pair is one set of weights here:
+
+    adapt             freeze a model and give it adapters; a score model's head is trained, too
+    WithoutAdapters   the same weights as they were at the start, called like a model of its own
+    merged            W + (alpha / r) B A in place of W: a model that knows nothing of adapters
+    saver             writes model/, merged, and adapter/ in the layout of Hugging Face's PEFT
+
+A model that goes on with a saved adapter (--adapter) keeps a copy of it: that one is its start.
+
+Left out: dropout before A, trained biases, adapters of embeddings, of output layers and of fused experts, and
+quantized frozen weights (torch's own int8 product has no backward pass).
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from distributed import blocks
+from files import InputError, misfit, read_json, reading, write_json, writing
+
+
+class Adapter(nn.Module):
+    """A frozen linear layer and, while it is `on`, its low-rank term: (..., in) -> (..., out)."""
+
+    def __init__(self, layer: nn.Linear | Conv1D, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        self.base_layer, self.scale, self.on = layer, alpha / rank, True
+        # GPT-2's Conv1D keeps its weight as (in, out)
+        width, out = layer.weight.shape if isinstance(layer, Conv1D) else reversed(layer.weight.shape)
+        # float32, as all that is trained; A's distribution as in loralib, the paper's own implementation
+        start = torch.empty(rank, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
+        self.A = nn.Parameter(start.to(layer.weight.device))
+        self.B = nn.Parameter(torch.zeros(out, rank, device=layer.weight.device))
+        self.A0 = self.B0 = None  # of the saved adapter that training started from, if there was one
+
+    def forward(self, x: Tensor) -> Tensor:
+        A, B = (self.A, self.B) if self.on else (self.A0, self.B0)
+        y = self.base_layer(x)
+        return y if A is None else y + F.linear(self.scale * F.linear(x, A), B)
+
+
+class Head(nn.Linear):
+    """A trained score head and, for when it is not `on`, the frozen one that it started from."""
+
+    def __init__(self, frozen: nn.Linear):
+        super().__init__(frozen.in_features, 1, frozen.bias is not None, frozen.weight.device)
+        self.load_state_dict(frozen.state_dict())
+        self.base_layer, self.on = frozen, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.on else self.base_layer(x)
+
+
+class WithoutAdapters:
+    """A model as it was when its training started: the same weights, called like a model.
+
+    Every call is one of the whole model, so that FSDP gathers what it needs. A reward or cost model keeps its
+    type and its head in this view; the model itself is a critic from now on."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.score_type = model, getattr(model, "score_type", None)
+        self.switch(True)
+
+    def switch(self, on: bool) -> None:
+        for module in self.model.modules():
+            if isinstance(module, Adapter | Head):
+                module.on = on
+        if self.score_type:
+            self.model.score_type = "critic" if on else self.score_type
+
+    def __call__(self, *args, **kwargs):
+        self.switch(False)
+        try:
+            return self.model(*args, **kwargs)
+        finally:  # a backward pass, in which activation checkpointing computes forward again, finds them on
+            self.switch(True)
+
+
+# ------------------------------------------------------------------------------ wrapping a model
+
+
+def linear_layers(model: nn.Module, wanted: list[str] | None) -> dict[str, nn.Module]:
+    """Name -> linear layer of the transformer blocks: those whose names end as one of `wanted`, or all.
+    Raises InputError for a wanted one that is not there."""
+    inside = set(blocks(model))
+    inside = tuple(f"{name}." for name, module in model.named_modules() if module in inside)
+    linear = {name: module for name, module in model.named_modules() if name.startswith(inside)}
+    linear = {name: module for name, module in linear.items() if isinstance(module, nn.Linear | Conv1D)}
+    for target in wanted or []:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise InputError(
+                f"--lora-targets {target}: no linear layer of the blocks has that name, but {known}"
+            )
+    ends = tuple(f".{target}" for target in wanted or [""])
+    return {name: module for name, module in linear.items() if not wanted or f".{name}".endswith(ends)}
+
+
+def adapt(model: nn.Module, args, start: str | None = None) -> nn.Module:
+    """Freeze a model and give it adapters by --lora-rank (0: leave it as it is), new ones or those in the
+    folder `start`. Raises InputError for a rank above a layer's width, or an adapter that does not fit."""
+    if not args.lora_rank:
+        return model
+    layers = linear_layers(model.requires_grad_(False), args.lora_targets)
+    generator = torch.Generator().manual_seed(torch.initial_seed())  # the same on every rank
+    for name, layer in layers.items():
+        if args.lora_rank > min(layer.weight.shape):
+            width = min(layer.weight.shape)
+            raise InputError(f"--lora-rank {args.lora_rank} is above the width of {name}, {width}")
+        parent, _, own = name.rpartition(".")
+        adapter = Adapter(layer, args.lora_rank, args.lora_alpha, generator)
+        setattr(model.get_submodule(parent), own, adapter)
+    if hasattr(model, "score_head"):
+        model.score_head = Head(model.score_head)
+    if start:
+        load_adapter(model, start, args)
+    if hasattr(model, "read"):  # without memory yet: `fill` of distributed.py reads another one
+        read = model.read
+        model.read = lambda: adapt(read(), args, start)
+    return model
+
+
+def adapted(model: nn.Module) -> dict[str, Adapter]:
+    """Name -> adapter of a model, by the names of its state dict."""
+    named = ((name.replace("_checkpoint_wrapped_module.", ""), m) for name, m in model.named_modules())
+    return {name: module for name, module in named if isinstance(module, Adapter)}
+
+
+def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The full state dict of a model with adapters, which is used up, -> that of one without. In float32:
+    a sum in bf16 would lose most of the small term."""
+    whole = {}
+    for name in list(state):
+        tensor = state.pop(name)
+        whole[name] = tensor.float() if tensor.is_floating_point() else tensor
+    for name, layer in adapted(model).items():
+        A, B = whole.pop(f"{name}.A"), whole.pop(f"{name}.B")
+        term = layer.scale * B @ A
+        weight = whole.pop(f"{name}.base_layer.weight")
+        whole[f"{name}.weight"] = weight + (term.T if isinstance(layer.base_layer, Conv1D) else term)
+        if (bias := whole.pop(f"{name}.base_layer.bias", None)) is not None:
+            whole[f"{name}.bias"] = bias
+    return {
+        name: tensor
+        for name, tensor in whole.items()
+        if not name.endswith((".A0", ".B0")) and "base_layer" not in name
+    }
+
+
+# ------------------------------------------------------------------------------ the folder adapter/
+
+
+def peft_names(model: nn.Module) -> dict[str, str]:
+    """Name of a trained tensor here -> its name in PEFT's adapter_model.safetensors."""
+    names = {f"{name}.{x}": f"{name}.lora_{x}.weight" for name in adapted(model) for x in "AB"}
+    if hasattr(model, "score_head"):  # on disk the backbone is called as its family calls it
+        prefix = f"{model.backbone.base_model_prefix}."
+        names = {ours: theirs.replace("backbone.", prefix, 1) for ours, theirs in names.items()}
+        names |= {
+            f"score_head.{name}": f"score_head.{name}"
+            for name, _ in model.score_head.named_parameters(recurse=False)
+        }
+    return {ours: f"base_model.model.{theirs}" for ours, theirs in names.items()}
+
+
+def save_adapter(args, model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Write <output-dir>/adapter: adapter_config.json and adapter_model.safetensors."""
+    from safetensors.torch import save_file
+
+    layers, scores = adapted(model), hasattr(model, "score_head")
+    config = {
+        "peft_type": "LORA",
+        "task_type": None if scores else "CAUSAL_LM",
+        "base_model_name_or_path": args.model,
+        "r": args.lora_rank,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
+        "target_modules": args.lora_targets or sorted({name.rpartition(".")[2] for name in layers}),
+        "modules_to_save": ["score_head"] if scores else None,
+        "inference_mode": True,
+    }
+    tensors = {theirs: state[ours].contiguous() for ours, theirs in peft_names(model).items()}
+    with writing(os.path.join(args.output_dir, "adapter")) as folder:
+        os.makedirs(folder)
+        save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+        write_json(os.path.join(folder, "adapter_config.json"), config)
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: str, args) -> None:
+    """Start a model's adapters, and its head, from a folder in PEFT's layout. Raises InputError for another
+    kind of adapter, another rank or alpha, or tensors that do not fit the model."""
+    from safetensors.torch import load_file
+
+    path = os.path.join(folder, "adapter_config.json")
+    config = read_json(path)
+    if wrong := misfit(config, {"peft_type": str, "r": int}):
+        raise InputError(f"{path}: {wrong}")
+    rank, alpha = config["r"], config.get("lora_alpha")
+    other = [name for name in ("use_rslora", "alpha_pattern") if config.get(name)]  # another scale
+    other += ["init_lora_weights"] * (config.get("init_lora_weights") in CHANGE_BASE)
+    other += [config["peft_type"]] * (config["peft_type"] != "LORA") + [f"r {rank}"] * (rank < 1)
+    if other:
+        raise InputError(f"{path}: not a plain low-rank adapter: {', '.join(other)}")
+    if (rank, alpha) != (args.lora_rank, args.lora_alpha):
+        raise InputError(f"{path}: its rank is {rank} and its alpha {alpha}, by --lora-rank and --lora-alpha")
+    path = os.path.join(folder, "adapter_model.safetensors")
+    with reading(path):
+        tensors = load_file(path)
+    own, names = dict(model.named_parameters()), peft_names(model)
+    fitting = {theirs: own[ours].shape for ours, theirs in names.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if wrong := sorted(name for name, _ in fitting.items() ^ found.items()):
+        told = f"{wrong[0]} is missing, superfluous or of another shape"
+        raise InputError(f"{path}: an adapter for another model, or for other --lora-targets ({told})")
+    if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        raise InputError(f"{path}: its weight {bad} holds NaN or infinity")
+    for ours, theirs in names.items():
+        own[ours].copy_(tensors[theirs])
+    for layer in adapted(model).values():
+        layer.A0, layer.B0 = (nn.Parameter(x.clone(), requires_grad=False) for x in (layer.A, layer.B))
+
+
+CHANGE_BASE = ("pissa", "olora", "corda", "loftq")  # ways to start that also change W
+
+
+def saver(args, save):
+    """The `save` of runs.save_final: `save` as it is or, with adapters, what writes both folders."""
+
+    def save_both(model: nn.Module, state: dict[str, Tensor], folder: str) -> None:
+        save_adapter(args, model, state)
+        model.config.dtype = torch.float32
+        save(model, merged(model, state), folder)
+
+    return save_both if args.lora_rank else save

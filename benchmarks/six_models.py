@@ -1,0 +1,82 @@
+"""What the six models of a PPO step hold, with and without adapters, and what a checkpoint of them takes.
+
+    .venv/bin/python benchmarks/six_models.py [--ranks 0 16]
+
+Models of GPT-2 small's shape with random weights, built by repo_ppo.py's own `six_models`, and their
+optimizers after a step. Bytes are counted by storage, so that what two models share counts once.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config  # noqa: E402
+
+import repo_ppo  # noqa: E402
+import runs  # noqa: E402
+from models import ScoreModel  # noqa: E402
+
+MIB = 1 << 20
+CONFIG = GPT2Config()  # 124 million parameters
+
+
+def language_model(path: str, dtype, on_meta: bool):
+    return AutoModelForCausalLM.from_config(CONFIG, dtype=dtype)
+
+
+def score_model(path: str, kind: str, new_head: bool = False, *, dtype, on_meta: bool):
+    return ScoreModel(AutoModel.from_config(CONFIG, dtype=dtype), kind)
+
+
+def held(tensors) -> float:
+    """MiB of the storages behind tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values()) / MIB
+
+
+def measure(rank: int, dtype: str) -> tuple[int, float, float, float]:
+    """Trained parameters; MiB of weights, of optimizer states, and of a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = "--model m --reward-model r --cost-model c --dataset d --ptx-dataset p --output-dir".split()
+        args = repo_ppo.parse_args([*own, folder, "--lora-rank", str(rank), "--dtype", dtype])
+        with mock.patch.multiple(repo_ppo, load_causal_lm=language_model, load_score_model=score_model):
+            models = [m for m in repo_ppo.six_models(args) if isinstance(m, nn.Module)]  # views hold nothing
+        trained = {}
+        for name, model in zip(("policy", "reward_critic", "cost_critic"), (models[0], *models[-2:])):
+            trained[name] = model, runs.adamw(model, 1e-5, 0.01)
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            trained[name][1].step()
+            trained[name][1].zero_grad()
+        states = (
+            x
+            for _, optimizer in trained.values()
+            for state in optimizer.state.values()
+            for x in state.values()
+        )
+        weights = (p for model in models for p in (*model.parameters(), *model.buffers()))
+        learned = sum(
+            p.numel() for model, _ in trained.values() for p in model.parameters() if p.requires_grad
+        )
+        runs.save_checkpoint(args, 1, trained, {})
+        files = Path(folder, "checkpoints").rglob("*")
+        return learned, held(weights), held(states), sum(os.path.getsize(f) for f in files) / MIB
+
+
+if __name__ == "__main__":
+    parser = runs.parser(__doc__)
+    parser.add_argument("--ranks", type=runs.whole, nargs="+", default=[0, 16], help="of the adapters")
+    print("rank  dtype   trained parameters  weights, MiB  optimizers, MiB  checkpoint, MiB")
+    for rank in parser.parse_args().ranks:
+        for dtype in ("fp32", "bf16"):
+            learned, *sizes = measure(rank, dtype)
+            print(
+                f"{rank:4}  {dtype}  {learned:19,}  {sizes[0]:12,.1f}  {sizes[1]:15,.1f}  {sizes[2]:15,.1f}",
+                flush=True,
+            )

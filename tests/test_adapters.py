@@ -1,0 +1,301 @@
+"""Low-rank adapters: what they compute, that the frozen half of a pair stays as it was, and what is saved."""
+# ruff: noqa: F811  (`folder` is a fixture of test_processes)
+
+import argparse
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import Started, finish, timeless
+from safetensors.torch import load_file
+from test_families import build
+from test_processes import RUNS, folder, launch, launch_ranks, results, stage  # noqa: F401
+from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import adapters
+import repo_ppo
+from adapters import WithoutAdapters, adapt
+from files import InputError, read_json, read_jsonl, write_json
+from models import load_causal_lm, load_score_model, save_score_model, token_log_probs
+
+WEIGHTS = "adapter_model.safetensors"
+ARGS = argparse.Namespace(lora_rank=2, lora_alpha=4.0, lora_targets=None)
+IDS = torch.randint(2, 32, (3, 9), generator=torch.Generator().manual_seed(0))
+ONES = torch.ones_like(IDS)
+
+
+def log_probs(policy):
+    return token_log_probs(policy, IDS, ONES, 4)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """As after some training: no B is zero any more, and a head is another."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not name.endswith(".A"):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+# ------------------------------------------------------------------------------ the layer
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_at_full_rank_a_step_is_that_of_full_training(kind):
+    """With A orthogonal and alpha = r the step of W is -lr (dL/dW A^T) A = -lr dL/dW."""
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 7) if kind is nn.Linear else Conv1D(7, 5)
+    x, target = torch.randn(11, 5), torch.randn(11, 7)
+    whole, frozen = layer.weight.detach().clone(), layer.weight.detach().clone()
+    adapter = adapters.Adapter(layer.requires_grad_(False), 5, 5.0, torch.Generator())
+    nn.init.orthogonal_(adapter.A)
+    (adapter(x) - target).square().mean().backward()
+    adapter.B.data -= 0.1 * adapter.B.grad
+    layer.weight.requires_grad_(True)
+    (layer(x) - target).square().mean().backward()
+    whole -= 0.1 * layer.weight.grad
+    term = adapter.B @ adapter.A
+    torch.testing.assert_close(frozen + (term.T if kind is Conv1D else term), whole, atol=1e-6, rtol=1e-5)
+    assert adapter.A.grad.abs().max() == 0  # B was zero
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama", "Qwen2"])
+def test_a_policy_starts_at_its_reference_and_leaves_it_alone(family):
+    plain = log_probs(build(family)).detach()
+    policy = adapt(build(family), ARGS)
+    reference = WithoutAdapters(policy)
+    assert torch.equal(log_probs(policy), plain) and torch.equal(log_probs(reference), plain)
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    assert all(name.endswith((".A", ".B")) for name in trained)
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], 0.1)
+    for _ in range(3):
+        log_probs(policy).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(log_probs(reference), plain)
+    assert (log_probs(policy) - plain).abs().max() > 1e-3
+    # merged it is the same function, in a model that knows nothing of adapters
+    alone = build(family)
+    alone.load_state_dict(adapters.merged(policy, dict(policy.state_dict())))
+    torch.testing.assert_close(log_probs(alone), log_probs(policy), atol=1e-5, rtol=1e-5)
+
+
+def test_a_critic_has_its_own_head_and_the_reward_model_keeps_score_type_and_head(tmp_path):
+    build("Llama").save_pretrained(tmp_path / "start")
+    model = load_score_model(str(tmp_path / "start"), "reward", new_head=True)
+    model.do_normalize, model.normalizer.mean[0], model.normalizer.var[0] = True, 3.0, 4.0
+    save_score_model(model, model.state_dict(), str(tmp_path / "reward"))
+    scores = load_score_model(str(tmp_path / "reward"), "reward")(IDS)
+    values = load_score_model(str(tmp_path / "reward"), "critic")(IDS)
+    critic = adapt(load_score_model(str(tmp_path / "reward"), "reward"), ARGS)
+    reward_model = WithoutAdapters(critic)
+    assert torch.equal(critic(IDS), values) and torch.equal(reward_model(IDS), scores)
+    moved(critic)(IDS).mean().backward()
+    assert torch.equal(reward_model(IDS), scores)
+    assert (critic(IDS) - values).abs().max() > 0.1
+    named = dict(critic.named_parameters())
+    assert named["score_head.weight"].grad is not None and named["score_head.base_layer.weight"].grad is None
+
+
+def test_targets_are_chosen_by_the_ends_of_names():
+    chosen = argparse.Namespace(**vars(ARGS) | {"lora_targets": ["q_proj", "1.mlp.up_proj"]})
+    names = adapters.adapted(adapt(build("Llama"), chosen))
+    ends = ("layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.1.mlp.up_proj")
+    assert {name.removeprefix("model.") for name in names} == set(ends)
+
+
+# ------------------------------------------------------------------------------ a run
+
+
+def test_six_models_are_three_and_a_critic_of_another_start_is_apart(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    flags = [*RUNS["repo_ppo.py"].split(), *LORA, "--cost-critic", "start/llama/policy", "--dtype", "bf16"]
+    models = repo_ppo.six_models(repo_ppo.parse_args([*flags, "--output-dir", "none"]))
+    policy, reference, reward_model, cost_model, reward_critic, cost_critic = models
+    assert reference.model is policy and reward_model.model is reward_critic
+    assert not any(parameter.requires_grad for parameter in cost_model.parameters())
+    assert not adapters.adapted(cost_model) and adapters.adapted(cost_critic)
+    types = [model.score_type for model in (reward_critic, cost_critic, reward_model, cost_model)]
+    assert types == ["critic", "critic", "reward", "cost"]
+    for model in (policy, reward_critic, cost_critic):
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        heads = {name for name in trained if not name.endswith((".A", ".B"))}
+        assert heads == ({"score_head.weight", "score_head.bias"} if model is not policy else set())
+        kept = {
+            p.dtype
+            for name, p in model.named_parameters()
+            if "score_head" not in name and name not in trained
+        }
+        assert kept == {torch.bfloat16} and {p.dtype for p in trained.values()} == {torch.float32}
+    flags = ["start/llama/cost" if flag == "start/llama/reward" else flag for flag in flags]
+    with pytest.raises(InputError, match="a cost model, and a reward model is needed"):
+        repo_ppo.six_models(repo_ppo.parse_args([*flags, "--output-dir", "none"]))
+
+
+LORA = "--lora-rank 4 --lora-alpha 8 --lr 1e-2".split()
+PPO = [*LORA, "--critic-lr", "1e-2"]
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """Two steps of RePO on a Llama, with a checkpoint after each; beside it the same on two processes."""
+    alone = launch(folder, "repo_ppo.py", "lora", *PPO, "--save-every", "1")
+    finish(alone, *launch_ranks(folder, "repo_ppo.py", "lora_two", 2, *PPO))
+    return folder
+
+
+def test_two_processes_and_two_sharded_ones_agree_with_one(one):
+    finish(*launch_ranks(one, "repo_ppo.py", "lora_fsdp", 2, *PPO, "--fsdp", "--activation-checkpointing"))
+    metrics, weights = results(one, "repo_ppo.py", "lora")
+    for name in ("lora_two", "lora_fsdp"):
+        other_metrics, other_weights = results(one, "repo_ppo.py", name)
+        for a, b in zip(timeless(metrics), timeless(other_metrics), strict=True):
+            assert all(a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-3) for key in a), (name, a, b)
+        for key in weights:
+            torch.testing.assert_close(other_weights[key], weights[key], atol=1e-4, rtol=1e-3)
+
+
+def test_in_bf16_a_sharded_policy_starts_at_its_reference_bit_for_bit(one):
+    flags = "--fsdp --dtype bf16 --cpu-offload --activation-checkpointing --minibatch-size 8".split()
+    flags = [*PPO, *flags, "--micro-batch-size", "8"]  # one pass for all: bf16 rounds by a pass's shape
+    finish(*launch_ranks(one, "repo_ppo.py", "lora_bf16", 2, *flags))
+    (first, second), weights = results(one, "repo_ppo.py", "lora_bf16")
+    assert first["kl"] == 0 and second["kl"] != 0 and second["grad_norm"] > 0
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_holds_what_is_trained_and_resumes_bit_identical(one, run_in):
+    before, after = one / "runs/repo_ppo.py/lora", one / "runs/repo_ppo.py/lora_resumed"
+    shutil.copytree(before, after)
+    shutil.rmtree(after / "checkpoints/step-2")
+    flags = [*RUNS["repo_ppo.py"].split(), *PPO, "--save-every", 1, "--resume", "--output-dir", after]
+    assert run_in(one, "repo_ppo.py", *flags)[0] == 0
+    (metrics, weights), (again, same) = (results(one, "repo_ppo.py", x) for x in ("lora", "lora_resumed"))
+    assert timeless(metrics) == timeless(again) and all(torch.equal(weights[k], same[k]) for k in weights)
+    held = FileSystemReader(before / "checkpoints/step-2").read_metadata().state_dict_metadata
+    trained = re.compile(r"\.([AB]|score_head\.(weight|bias))(\.(exp_avg|exp_avg_sq|step))?$")
+    other = [name for name in held if not trained.search(name) and "param_groups" not in name]
+    assert all(".normalizer." in name for name in other), other
+
+
+# ------------------------------------------------------------------------------ the folder adapter/
+
+
+def sft(family: str, *flags: str) -> list[str]:
+    return [*stage(family).split(), "--dataset", "data/sft.jsonl", *LORA, *flags]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "qwen2"])
+def tuned(request, folder):
+    """(family, the folder that sft.py wrote)"""
+    name = f"lora_{request.param}"
+    run = folder / "runs" / name
+    finish(Started(folder, "sft.py", *sft(request.param, "--output-dir", str(run))))
+    return request.param, run
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=IDS, attention_mask=ONES).logits
+
+
+def test_base_and_adapter_are_the_merged_model_and_go_on_from_there(folder, tuned, run_in):
+    family, run = tuned
+    args = argparse.Namespace(lora_rank=4, lora_alpha=8.0, lora_targets=None)
+    base = load_causal_lm(str(folder / "start" / family / "policy"))
+    start, whole = logits(base), AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    policy = adapt(base, args, str(run / "adapter"))
+    reference = WithoutAdapters(policy)
+    torch.testing.assert_close(logits(policy), logits(whole), atol=1e-5, rtol=1e-5)
+    assert (logits(whole) - start).abs().max() > 1e-2
+    assert torch.equal(logits(reference), logits(policy))  # the reference is what training started from
+    moved(policy)
+    torch.testing.assert_close(logits(reference), logits(whole), atol=1e-5, rtol=1e-5)
+    assert (logits(policy) - logits(whole)).abs().max() > 1e-2
+    flags = ("--adapter", str(run / "adapter"), "--output-dir", f"{run}_again")
+    assert run_in(folder, "sft.py", *sft(family, *flags))[0] == 0
+    first, second = (read_jsonl(f"{path}/metrics.jsonl") for path in (run, f"{run}_again"))
+    assert second[0]["loss"] < first[0]["loss"]  # the same batch, after two steps
+
+
+def test_the_adapter_has_the_names_and_shapes_of_peft(tuned):
+    family, run = tuned
+    config, tensors = read_json(run / "adapter/adapter_config.json"), load_file(run / "adapter" / WEIGHTS)
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8)
+    layer, target, shape = {
+        "gpt2": ("transformer.h.1.attn.c_attn", "c_attn", (4, 64, 192)),
+        "qwen2": ("model.layers.1.mlp.down_proj", "down_proj", (4, 64, 32)),
+    }[family]
+    assert target in config["target_modules"] and config["fan_in_fan_out"] == (family == "gpt2")
+    rank, width, out = shape
+    assert tensors[f"base_model.model.{layer}.lora_A.weight"].shape == (rank, width)
+    assert tensors[f"base_model.model.{layer}.lora_B.weight"].shape == (out, rank)
+
+
+def test_peft_reads_ours_and_we_read_peft_s(folder, tuned, tmp_path):
+    peft = pytest.importorskip("peft")
+    family, run = tuned
+    start = str(folder / "start" / family / "policy")
+    theirs = peft.PeftModel.from_pretrained(load_causal_lm(start), run / "adapter")
+    whole = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    torch.testing.assert_close(logits(theirs), logits(whole), atol=1e-5, rtol=1e-5)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM")
+    theirs = moved(peft.get_peft_model(load_causal_lm(start), config))
+    theirs.save_pretrained(tmp_path)
+    args = argparse.Namespace(lora_rank=3, lora_alpha=5.0, lora_targets=None)
+    ours = adapt(load_causal_lm(start), args, str(tmp_path))
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+
+
+def test_a_score_model_s_head_is_saved_with_its_adapter(folder, run_in, tmp_path):
+    flags = [*RUNS["reward_model.py"].split(), *LORA, "--output-dir", tmp_path / "reward"]
+    assert run_in(folder, "reward_model.py", *flags)[0] == 0
+    tensors = load_file(tmp_path / "reward/adapter" / WEIGHTS)
+    merged = load_score_model(str(tmp_path / "reward/model"), "reward")
+    assert torch.equal(tensors["base_model.model.score_head.weight"], merged.score_head.weight)
+    assert "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight" in tensors
+    base = load_score_model(str(folder / "start/llama/policy"), "reward", new_head=True)
+    args = argparse.Namespace(lora_rank=4, lora_alpha=8.0, lora_targets=None)
+    ours = adapt(base, args, str(tmp_path / "reward/adapter"))
+    torch.testing.assert_close(ours(IDS), merged(IDS), atol=1e-5, rtol=1e-5)
+
+
+# flags, what is wrong with the folder (a field of its config, or a file that is no longer one), what is said
+BAD = [
+    ("--lora-rank 33", {}, "--lora-rank 33 is above the width of model.layers.0."),
+    (
+        "--lora-targets q_proj query",
+        {},
+        "--lora-targets query: no linear layer of the blocks has that name, ",
+    ),
+    ("--lora-rank 0", {}, "--adapter goes on with a saved adapter"),
+    ("--lora-rank 8", {}, "its rank is 4 and its alpha 8.0"),
+    ("--lora-targets q_proj", {}, "an adapter for another model, or for other --lora-targets"),
+    ("--model start/gpt2/policy", {}, "an adapter for another model"),
+    ("", {"r": 0}, "not a plain low-rank adapter: r 0"),
+    ("", {"use_rslora": True}, "not a plain low-rank adapter: use_rslora"),
+    ("", {"peft_type": "IA3"}, "not a plain low-rank adapter: IA3"),
+    ("", "adapter_config.json", "adapter_config.json: cannot be read"),
+    ("", WEIGHTS, f"{WEIGHTS}: cannot be read"),
+]
+
+
+@pytest.mark.parametrize("tuned", ["qwen2"], indirect=True)
+@pytest.mark.parametrize("flags, damage, message", BAD)
+def test_what_does_not_fit_is_one_clear_line(folder, tuned, tmp_path, run_in, flags, damage, message):
+    adapter = shutil.copytree(tuned[1] / "adapter", tmp_path / "adapter")
+    if isinstance(damage, dict):
+        config = read_json(adapter / "adapter_config.json")
+        write_json(str(adapter / "adapter_config.json"), config | damage)
+    else:
+        (adapter / damage).write_text("{")
+    own = ("--adapter", str(adapter), "--output-dir", str(tmp_path / "run"))
+    code, error = run_in(folder, "sft.py", *sft("qwen2", *own), *flags.split())
+    assert code == 2 and message in error, error
+    assert not (tmp_path / "run/model").exists()
