@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, ROOT
 
-from experiments import noise, study
+from experiments import adapter_study, noise, study
 from runs import RunError
 
 STUDY = "experiments/study.py"
@@ -24,6 +24,7 @@ def arguments(**changes) -> argparse.Namespace:
 
 JOBS = {"study": study.study_jobs(arguments()), "rounds": study.rounds_jobs(arguments())}
 JOBS["noise"] = noise.noise_jobs(arguments())
+JOBS["adapters"] = adapter_study.adapter_jobs(arguments(ranks=[4, 8]))
 
 
 @pytest.mark.parametrize("jobs", JOBS.values(), ids=JOBS)
