@@ -4,7 +4,7 @@
     python -m experiments.adapter_study --seeds 1 --ranks 8    # a first look
 
 Per seed one world and one SFT policy, all of it trained. From there a reward model, a cost model and RePO:
-once with all weights, and once per rank with adapters, --lora-alpha twice the rank. RATES are the learning rates
+once with all weights, and once per rank with adapters, --lora-alpha twice the rank. RATES are learning rates
 of adapters, chosen by what rank 8 logged on the training prompts of seed 0; full training has its defaults.
 
 Resumable, as experiments.study is, whose commands these are. It prints the table of docs/results.md.
