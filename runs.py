@@ -373,15 +373,18 @@ def check_finite(step: int, **values) -> None:
 
 
 def _trained_state(trained: dict) -> dict:
-    """The tensors of a checkpoint: weights that are trained, buffers, and optimizer states."""
+    """The tensors of a checkpoint: weights, buffers and optimizer states. With adapters no frozen weights, which
+    are read again from --model. (Without, what takes no gradient may move all the same: SATAC's targets.)"""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     state = {}
     for name, (model, optimizer) in trained.items():
         weights, state[name + "_optimizer"] = get_state_dict(model, optimizer)
-        named = model.named_parameters(remove_duplicate=False)  # tied ones by both of their names
-        frozen = {n.replace("_checkpoint_wrapped_module.", "") for n, p in named if not p.requires_grad}
-        state[name] = {n: tensor for n, tensor in weights.items() if n not in frozen}
+        if any("base_layer" in key for key in weights):
+            named = model.named_parameters(remove_duplicate=False)  # tied ones by both of their names
+            frozen = {n.replace("_checkpoint_wrapped_module.", "") for n, p in named if not p.requires_grad}
+            weights = {n: tensor for n, tensor in weights.items() if n not in frozen}
+        state[name] = weights
     return state
 
 
