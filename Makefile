@@ -22,6 +22,8 @@ PPO      := --model $(DEMO)/sft/model $(SCORES) --dataset $(DATA)/prompts_balanc
 # TQDM_POSITION puts the second one's progress bar below the first one's.
 LEFT  := OMP_NUM_THREADS=1 $(PY)
 RIGHT := OMP_NUM_THREADS=1 TQDM_POSITION=1 $(PY)
+# Supervised training runs alone.
+ALONE := OMP_NUM_THREADS=2 $(PY)
 
 # Threads that wait for each other should sleep: on a busy machine they would otherwise take most of its time.
 export OMP_WAIT_POLICY ?= passive
@@ -78,7 +80,7 @@ $(DATA)/sft.jsonl: | .venv/installed
 	$(PY) toy_world.py world --output-dir $(DATA) --seed $(SEED)
 
 $(DEMO)/sft/model/config.json: $(DATA)/sft.jsonl
-	$(PY) sft.py --overwrite --model $(DATA)/tiny_gpt2 --from-config --dataset $< --output-dir $(DEMO)/sft --seed $(SEED)
+	$(ALONE) sft.py --overwrite --model $(DATA)/tiny_gpt2 --from-config --dataset $< --output-dir $(DEMO)/sft --seed $(SEED)
 
 $(DATA)/preferences_train.jsonl: $(DEMO)/sft/model/config.json
 	$(PY) toy_world.py preferences --policy $(DEMO)/sft/model --output-dir $(DATA) --seed $(SEED)

@@ -373,8 +373,8 @@ def check_finite(step: int, **values) -> None:
 
 
 def _trained_state(trained: dict) -> dict:
-    """The tensors of a checkpoint: weights, buffers, optimizer states. With adapters no frozen weights: they are
-    read again from --model. (Without, what takes no gradient may move all the same: SATAC's targets.)"""
+    """The tensors of a checkpoint: weights, buffers, optimizer states. With adapters no frozen weights: those
+    are read again from --model. (Without, what takes no gradient may move all the same: SATAC's targets.)"""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     state = {}
