@@ -146,10 +146,10 @@ def figure(results: dict, window: int = 15):
             for kind, dashes in (("true", "-"), ("learned", "--")):
                 curves = [[100 * rate for rate in seed[kind]] for seed in own["curves"][name]]
                 band(ax, curves, window, OWN[name], dashes, f"{pretty(name)}, {kind}")
-            ax.set_ylim(bottom=0)
         axes[0][column].set_title(variant.replace("_", " "))
         axes[-1][column].set_xlabel("step (rollouts)")
     for ax in axes[:, 0]:
+        ax.set_ylim(bottom=0)
         ax.set_ylabel("unsafe responses (%)")
         ax.legend(frameon=False)
     return figure
