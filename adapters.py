@@ -30,9 +30,11 @@ from files import InputError, misfit, read_json, reading, write_json, writing
 class Adapter(nn.Module):
     """A frozen linear layer and, while it is `on`, its low-rank term: (..., in) -> (..., out)."""
 
-    def __init__(self, layer: nn.Linear | Conv1D, rank: int, alpha: float, generator: torch.Generator):
+    def __init__(
+        self, layer: nn.Linear | Conv1D, rank: int, alpha: float, generator: torch.Generator, name: str = ""
+    ):
         super().__init__()
-        self.base_layer, self.scale, self.on = layer, alpha / rank, True
+        self.base_layer, self.scale, self.on, self.name = layer, alpha / rank, True, name
         # GPT-2's Conv1D keeps its weight as (in, out)
         width, out = layer.weight.shape if isinstance(layer, Conv1D) else reversed(layer.weight.shape)
         # float32, as all that is trained; A's distribution as in loralib, the paper's own implementation
@@ -45,6 +47,12 @@ class Adapter(nn.Module):
         A, B = (self.A, self.B) if self.on else (self.A0, self.B0)
         y = self.base_layer(x)
         return y if A is None else y + F.linear(self.scale * F.linear(x, A), B)
+
+    def __getattr__(self, name: str):
+        if name in ("weight", "bias"):  # some state-space layers compute with them, and do not call the layer
+            told = f"the model reads the {name} of {self.name} itself, past the adapter"
+            raise InputError(f"--lora-rank: {told}. Name other layers by --lora-targets")
+        return super().__getattr__(name)
 
 
 class Head(nn.Linear):
@@ -116,7 +124,7 @@ def adapt(model: nn.Module, args, start: str | None = None) -> nn.Module:
             width = min(layer.weight.shape)
             raise InputError(f"--lora-rank {args.lora_rank} is above the width of {name}, {width}")
         parent, _, own = name.rpartition(".")
-        adapter = Adapter(layer, args.lora_rank, args.lora_alpha, generator)
+        adapter = Adapter(layer, args.lora_rank, args.lora_alpha, generator, name)
         setattr(model.get_submodule(parent), own, adapter)
     if hasattr(model, "score_head"):
         model.score_head = Head(model.score_head)

@@ -109,6 +109,14 @@ def test_targets_are_chosen_by_the_ends_of_names():
     assert {name.removeprefix("model.") for name in names} == set(ends)
 
 
+def test_a_layer_that_its_model_does_not_call_is_refused_by_name():
+    chosen = argparse.Namespace(**vars(ARGS) | {"lora_rank": 1})  # dt_proj of a tiny Jamba is 1 wide
+    with pytest.raises(InputError, match=r"reads the \w+ of model.layers.0.mamba.dt_proj itself"):
+        log_probs(adapt(build("Jamba"), chosen))
+    chosen.lora_targets = ["in_proj", "x_proj", "out_proj", "q_proj"]
+    log_probs(adapt(build("Jamba"), chosen)).mean().backward()
+
+
 # ------------------------------------------------------------------------------ a run
 
 
