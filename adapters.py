@@ -216,7 +216,8 @@ def load_adapter(model: nn.Module, folder: str, args) -> None:
         raise InputError(f"{path}: {wrong}")
     rank, alpha = config["r"], config.get("lora_alpha")
     other = [name for name in ("use_rslora", "alpha_pattern") if config.get(name)]  # another scale
-    other += ["init_lora_weights"] * (config.get("init_lora_weights") in CHANGE_BASE)
+    start = str(config.get("init_lora_weights"))
+    other += [f"init_lora_weights {start}"] * start.lower().startswith(CHANGE_BASE)
     other += [config["peft_type"]] * (config["peft_type"] != "LORA") + [f"r {rank}"] * (rank < 1)
     if other:
         raise InputError(f"{path}: not a plain low-rank adapter: {', '.join(other)}")
@@ -239,7 +240,8 @@ def load_adapter(model: nn.Module, folder: str, args) -> None:
         layer.A0, layer.B0 = (nn.Parameter(x.clone(), requires_grad=False) for x in (layer.A, layer.B))
 
 
-CHANGE_BASE = ("pissa", "olora", "corda", "loftq")  # ways to start that also change W
+# ways to start that also change W, with or without a number behind them (pissa_niter_16)
+CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def saver(args, save):

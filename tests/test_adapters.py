@@ -288,6 +288,7 @@ BAD = [
     ("--model start/gpt2/policy", {}, "an adapter for another model"),
     ("", {"r": 0}, "not a plain low-rank adapter: r 0"),
     ("", {"use_rslora": True}, "not a plain low-rank adapter: use_rslora"),
+    ("", {"init_lora_weights": "pissa_niter_16"}, "adapter: init_lora_weights pissa_niter_16"),
     ("", {"peft_type": "IA3"}, "not a plain low-rank adapter: IA3"),
     ("", "adapter_config.json", "adapter_config.json: cannot be read"),
     ("", WEIGHTS, f"{WEIGHTS}: cannot be read"),
