@@ -180,6 +180,8 @@ def check_flags(args, ranks: int) -> None:
             raise RunError(f"--{name.replace('_', '-')} works on shards: add --fsdp")
     if getattr(args, "adapter", None) and not args.lora_rank:
         raise RunError("--adapter goes on with a saved adapter: give its rank by --lora-rank")
+    if getattr(args, "lora_targets", None) and not args.lora_rank:
+        raise RunError("--lora-targets says where adapters go: give their rank by --lora-rank")
     if getattr(args, "max_new_tokens", None) and args.max_length and args.max_new_tokens >= args.max_length:
         tokens, length = args.max_new_tokens, args.max_length
         raise RunError(f"--max-new-tokens {tokens} leaves no room for a prompt in --max-length {length}")

@@ -282,6 +282,10 @@ def test_flags_that_cannot_go_together():
     for flags, message in (
         ({"cpu_offload": True}, "--cpu-offload works on shards: add --fsdp"),
         ({"offload_frozen": True}, "--offload-frozen works on shards: add --fsdp"),
+        (
+            {"lora_rank": 0, "lora_targets": ["q_proj"]},
+            "--lora-targets says where adapters go: give their rank",
+        ),
         ({"max_new_tokens": 8, "max_length": 8}, "--max-new-tokens 8 leaves no room for a prompt"),
         ({"minibatch_size": 6, "batch_size": 8}, "--minibatch-size 6 does not divide --batch-size 8"),
         ({"ranks": 3, "batch_size": 8}, "--batch-size 8 cannot be dealt evenly to 3 processes"),
