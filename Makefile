@@ -31,7 +31,7 @@ export OMP_WAIT_POLICY ?= passive
 STUDY := runs/study
 SATAC_SEEDS ?= 1
 
-.PHONY: demo study study-noise rounds satac test lint
+.PHONY: demo study study-noise rounds satac bench test lint
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
