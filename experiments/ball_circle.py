@@ -21,9 +21,11 @@ from torch import Tensor
 import runs
 from files import InputError, reading, writing
 from point_mass import FIELDS
-from runs import count, folder, named, whole
+from runs import folder, named, number, whole
 from satac import Actor
 
+# fewer leave a controller without episodes, or a mean without a spread
+several = number(int, "a whole number from 10", lambda x: 10 <= x < 2**31)
 SCALE = 10  # of positions in an observation (x, y, vx, vy, ...), in metres
 CONTROLLERS = {"safe": (4.5, 2.0), "slow": (6.3, 1.0), "reckless": (7.0, 4.0)}  # radius, speed
 MIXES = {  # share of the episodes by each controller, as in point_mass.py
@@ -79,11 +81,14 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("command", choices=("data", "play"), help="make a data set, or play the policies of satac.py's runs")
     flag("--mix", choices=MIXES, default="mild", help="whose episodes")
-    flag("--episodes", type=count, default=100, help="to make, or of each policy to play")
+    flag("--episodes", type=several, default=100, help="to make, or of each policy to play")
     flag("--runs", nargs="+", type=named, help="NAME=FOLDER of satac.py's runs")
     flag("--seed", type=whole, default=0, help="random seed")
     flag("--output", type=folder, help="file to write [default runs/ball_circle/MIX.safetensors]")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.command == "play") != bool(args.runs):
+        parser.error("play needs --runs, and data takes none")
+    return args
 
 
 def main(args):

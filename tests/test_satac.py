@@ -13,7 +13,7 @@ import point_mass
 import repo_ppo
 import safe_rlhf_ppo
 import satac
-from experiments import satac_study, satac_tabular
+from experiments import ball_circle, satac_study, satac_tabular
 from files import InputError
 
 
@@ -371,3 +371,15 @@ def test_the_study_judges_and_draws(tmp_path, monkeypatch):
     assert "| mild | SATAC |  2.05 +- 0.07 |  0.50 +- 0.00 | 2 of 2 |" in lines
     for name in ("satac_beta", "satac_methods"):
         assert (tmp_path / f"figures/{name}.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------ BallCircle
+
+
+@pytest.mark.parametrize("flags", ["data --episodes 9", "play", "data --runs own=runs/own"])
+def test_ball_circle_says_what_it_cannot_do(flags, capsys):
+    with pytest.raises(SystemExit) as exit:
+        ball_circle.parse_args(flags.split())
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and ("whole number from 10, got 9" in said or "play needs --runs" in said)
+    assert ball_circle.parse_args(["data"]).episodes == 100
