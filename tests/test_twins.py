@@ -30,7 +30,8 @@ ROOMS = {  # a room, and what it may import of ours
     "point_mass": {"runs", "files"},
     "explore": set(),
 }
-EXPERIMENTS = tuple(f"experiments/{name}.py" for name in ("study", "figures", "satac_study", "satac_tabular"))
+STUDIES = ("study", "figures", "noise", "adapter_study", "satac_study", "satac_tabular", "ball_circle")
+EXPERIMENTS = tuple(f"experiments/{name}.py" for name in STUDIES)
 FURTHER = ("tools/arena.py", "tools/plan.py", *EXPERIMENTS)
 ALL = (*STAGES, *FURTHER, *(f"{room}.py" for room in ROOMS))
 
@@ -149,6 +150,8 @@ def test_every_flag_is_read(name):
     readers = (
         text + source("runs.py") + source("distributed.py") + (source("data.py") if name in STAGES else "")
     ) + source("adapters.py")
+    if name in EXPERIMENTS:
+        readers += source("experiments/study.py")  # whose jobs the other studies take
     assert flags
     for flag in (flag.replace("-", "_") for flag in flags):
         assert re.search(rf"args\.{flag}\b|getattr\(args, \"{flag}\"|\"{flag}\"", readers), flag
