@@ -254,9 +254,8 @@ def bare(module: nn.Module, dtype: torch.dtype | None, made: dict) -> nn.Module:
     if inner not in made:
         sharded = hasattr(inner, "unshard")  # then its class has two bases, FSDPModule and what it was
         twin = made[inner] = object.__new__(type(inner).__bases__[-1] if sharded else type(inner))
-        twin.__dict__ = {
-            name: x for name, x in vars(inner).items() if name != "forward"
-        }  # that is autocast's
+        # a "forward" of its own is autocast's
+        twin.__dict__ = {name: x for name, x in vars(inner).items() if name != "forward"}
         twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
         twin._parameters = {name: cast(p) for name, p in inner._parameters.items()}
         twin._modules = {name: child and bare(child, dtype, made) for name, child in inner._modules.items()}

@@ -380,9 +380,8 @@ def save_score_model(model: ScoreModel, state: dict[str, Tensor], folder: str) -
 
 def save_causal_lm(model, state: dict[str, Tensor], folder: str) -> None:
     """Write a Hugging Face folder; `state` is the full state dict, gathered where the model is sharded."""
-    with torch.device(
-        "meta"
-    ):  # what tensors are called on disk goes by a class's name, and FSDP has changed it
+    # what tensors are called on disk goes by a class's name, and FSDP has changed it
+    with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(model.config)
     plain.generation_config = model.generation_config
     # gathered tensors no longer share memory: do not write one twice

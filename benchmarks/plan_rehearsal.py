@@ -112,9 +112,8 @@ def tracked(config, args, world: int) -> dict[str, float]:
 
         @torch.no_grad()
         def sample():
-            with distributed.gathered(
-                policy
-            ) as sampler:  # the last two of all tokens: the cache at its largest
+            # the last two of all tokens: the cache at its largest
+            with distributed.gathered(policy) as sampler:
                 generate(sampler, sequences[:, :-2], mask[:, :-2], 2, uniforms=torch.zeros(rows, 2))
 
         def score():

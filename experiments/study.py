@@ -177,9 +177,8 @@ def run_jobs(jobs: list[dict], slots: int) -> None:
                     process = subprocess.Popen(chosen["command"], stdout=log, stderr=log, env=environment)
                 running[process] = chosen
             folders = (os.path.relpath(os.path.dirname(j["log"])) for j in running.values())
-            bar.set_postfix_str(
-                " | ".join(folders), refresh=sys.stderr.isatty()
-            )  # a log gets a line a minute
+            # a log gets a line a minute
+            bar.set_postfix_str(" | ".join(folders), refresh=sys.stderr.isatty())
             if not running:
                 raise RunError(f"{waiting[0]['makes']} needs {waiting[0]['needs']}, which nothing makes")
             time.sleep(0.1)

@@ -104,9 +104,8 @@ def test_with_adapters_six_models_are_three_sets_of_weights(tmp_path):
         assert predicted == pytest.approx(tracked, rel=0.1), name
     folder = save(tmp_path, plan_rehearsal.llama_7b(2))
     own = f"--model {folder} --reward-model {folder} --cost-model {folder}".split()
-    adapters = (
-        2 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
-    )  # A and B of the seven linear layers of two blocks
+    # A and B of the seven linear layers of two blocks
+    adapters = 2 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     frozen = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 32001 * 4096
     for sharded, ranks in (([], 1), (["--fsdp"], 4)):
         args = plan_rehearsal.repo_ppo.parse_args([*own, *flags, *sharded])

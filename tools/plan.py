@@ -176,10 +176,8 @@ def sampling(shape: Shape, args, rows: int) -> dict[str, float]:
     token = 2 * width * rows * shape.kv_width  # in one layer
     first = {"gathered": copies, "kv cache": token * prompt * shape.layers}
     first["activations"] = saved(shape, rows, prompt)[0] / 2
-    last = {
-        "gathered": copies,
-        "kv cache": token * args.max_length * (shape.layers + 0.5),
-    }  # one is copied to grow
+    # while one is copied, without the rows that have ended
+    last = {"gathered": copies, "kv cache": token * args.max_length * (shape.layers + 0.5)}
     # the logits in float32, probabilities, the float64 running sum
     last["logits"] = rows * shape.words * (width + 4 + 4 + 8)
     return max(first, last, key=lambda moment: sum(moment.values()))
