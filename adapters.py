@@ -232,6 +232,10 @@ def load_adapter(model: nn.Module, folder: str, args) -> None:
     if wrong := sorted(name for name, _ in fitting.items() ^ found.items()):
         told = f"{wrong[0]} is missing, superfluous or of another shape"
         raise InputError(f"{path}: an adapter for another model, or for other --lora-targets ({told})")
+    if other := {tensor.dtype for tensor in tensors.values()} - {*WEIGHTS}:
+        raise InputError(
+            f"{path}: its weights are {other.pop()}, and {', '.join(map(str, WEIGHTS))} are read"
+        )
     if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
         raise InputError(f"{path}: its weight {bad} holds NaN or infinity")
     for ours, theirs in names.items():
@@ -240,6 +244,7 @@ def load_adapter(model: nn.Module, folder: str, args) -> None:
         layer.A0, layer.B0 = (nn.Parameter(x.clone(), requires_grad=False) for x in (layer.A, layer.B))
 
 
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)  # quantized ones have a scale somewhere else
 # ways to start that also change W, with or without a number behind them (pissa_niter_16)
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 

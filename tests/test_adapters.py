@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import Started, finish, timeless
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_families import build
 from test_processes import RUNS, folder, launch, launch_ranks, results, stage  # noqa: F401
 from torch import nn
@@ -308,3 +308,14 @@ def test_what_does_not_fit_is_one_clear_line(folder, tuned, tmp_path, run_in, fl
     code, error = run_in(folder, "sft.py", *sft("qwen2", *own), *flags.split())
     assert code == 2 and message in error, error
     assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize("tuned", ["qwen2"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_adapters_are_refused(folder, tuned, tmp_path, dtype):
+    adapter = shutil.copytree(tuned[1] / "adapter", tmp_path / "adapter")
+    quantized = {name: tensor.to(dtype) for name, tensor in load_file(adapter / WEIGHTS).items()}
+    save_file(quantized, adapter / WEIGHTS)
+    args = argparse.Namespace(lora_rank=4, lora_alpha=8.0, lora_targets=None)
+    with pytest.raises(InputError, match=f"its weights are {dtype}, and torch.float32, torch.bfloat16"):
+        adapt(load_causal_lm(str(folder / "start/qwen2/policy")), args, str(adapter))
