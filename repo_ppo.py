@@ -260,6 +260,7 @@ def sample_rollout(policy, prompts: list[str], tokenizer, ends: list[int], step:
         sequences, log_probs = generate(
             sampler, ids, prompt_mask, args.max_new_tokens, args.temperature, 1.0, ends, padding, uniforms
         )
+    del sampler  # under bf16 a copy of the weights
     mask = response_mask(sequences[:, width:], ends)  # (B, R)
     spoken = mask.bool() & ~is_end(sequences[:, width:], ends)
     responses = [row[kept].tolist() for row, kept in zip(sequences[:, width:], spoken)]

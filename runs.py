@@ -178,6 +178,11 @@ def check_flags(args, ranks: int) -> None:
     for name in ("cpu_offload", "offload_frozen"):
         if getattr(args, name, False) and not args.fsdp:
             raise RunError(f"--{name.replace('_', '-')} works on shards: add --fsdp")
+    critics = getattr(args, "reward_critic", None) or getattr(args, "cost_critic", None)
+    if getattr(args, "offload_frozen", False) and getattr(args, "lora_rank", 0) and not critics:
+        raise RunError(
+            "--offload-frozen finds nothing to move: with --lora-rank frozen and trained models are one"
+        )
     if getattr(args, "adapter", None) and not args.lora_rank:
         raise RunError("--adapter goes on with a saved adapter: give its rank by --lora-rank")
     if getattr(args, "lora_targets", None) and not args.lora_rank:

@@ -38,6 +38,7 @@ METHODS = {  # name: script, flags
     "repo": ("repo_ppo.py",),
 }
 ROUNDS = 3
+KEPT = "true_unsafe_rate true_any_unsafe_rate unsafe_rate true_reward cost best_safe_share".split()
 
 
 def parse_args(argv=None):
@@ -208,9 +209,7 @@ def numbers(evaluation: str) -> dict[str, dict]:
     """Policy -> what the tables compare, by the truth on held-out prompts unless the name says otherwise."""
     ratings, result = read_json(f"{evaluation}/arena_truth.json")["elo"], {}
     for name, s in read_json(f"{evaluation}/summary.json")["policies"].items():
-        kept = ("true_unsafe_rate", "true_any_unsafe_rate", "unsafe_rate", "true_reward", "cost")
-        kept += ("best_safe_share",)
-        result[name] = {key: s[key] for key in kept}
+        result[name] = {key: s[key] for key in KEPT}
         result[name]["benign_reward"] = s["by_harm_level"]["benign"]["true_reward"]
         result[name] |= {f"elo_{aspect}": ratings[aspect][name][0] for aspect in ratings}
     return result
@@ -306,7 +305,9 @@ def main(args):
     if args.command == "tables":
         return print_tables(args)
     started, path = time.monotonic(), f"{args.output_dir}/settings.json"
-    settings = json.loads(json.dumps({"steps": args.steps, "samples": args.samples, "methods": METHODS}))
+    settings = json.loads(
+        json.dumps({"steps": args.steps, "samples": args.samples, "methods": METHODS, "kept": KEPT})
+    )
     if os.path.exists(path) and read_json(path) != settings:
         raise RunError(
             f"{args.output_dir} holds runs with other settings ({path}); take another --output-dir"

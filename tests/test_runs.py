@@ -282,6 +282,7 @@ def test_flags_that_cannot_go_together():
     for flags, message in (
         ({"cpu_offload": True}, "--cpu-offload works on shards: add --fsdp"),
         ({"offload_frozen": True}, "--offload-frozen works on shards: add --fsdp"),
+        ({"fsdp": True, "offload_frozen": True, "lora_rank": 4}, "--offload-frozen finds nothing to move"),
         (
             {"lora_rank": 0, "lora_targets": ["q_proj"]},
             "--lora-targets says where adapters go: give their rank",
