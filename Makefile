@@ -22,7 +22,7 @@ PPO      := --model $(DEMO)/sft/model $(SCORES) --dataset $(DATA)/prompts_balanc
 # TQDM_POSITION puts the second one's progress bar below the first one's.
 LEFT  := OMP_NUM_THREADS=1 $(PY)
 RIGHT := OMP_NUM_THREADS=1 TQDM_POSITION=1 $(PY)
-# Supervised training runs alone.
+# Supervised training runs alone, so both cores are its own.
 ALONE := OMP_NUM_THREADS=2 $(PY)
 
 # Threads that wait for each other should sleep: on a busy machine they would otherwise take most of its time.

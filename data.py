@@ -373,7 +373,7 @@ def micro_batches(batch: dict, size: int) -> list[tuple[list[int], int, dict]]:
     frames = {name: spans(batch[name]) for name in batch if name.endswith("attention_mask")}
     whole = frames["attention_mask"]  # of each row, its first real column and the one after its last
     order = list(range(len(whole)))
-    if len(order) > size:
+    if len(order) > size:  # else there is one piece, and any order is as good
         order.sort(key=lambda row: whole[row][0] - whole[row][1])
     pieces = []
     for rows in (order[i : i + size] for i in range(0, len(order), size)):

@@ -400,7 +400,7 @@ def truncate_top_p(probs: Tensor, top_p: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
-class Room(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A layer's keys and values (B, heads, L, head_dim), with room for `more` tokens from the start: where
     DynamicLayer copies all of them at every token (torch.cat), this one writes the new token in place."""
 
@@ -457,8 +457,8 @@ def generate(
     padding = 0 if pad_token_id is None else pad_token_id
     sequences = torch.cat([prompt_ids, prompt_ids.new_full((batch, max_new_tokens), padding)], 1)
     log_probs = torch.zeros(batch, max_new_tokens, **place)
-    rows = torch.arange(batch, **place)  # those that are still in the batch; of these
-    ended = torch.zeros(batch, dtype=torch.bool, **place)  # have ended
+    rows = torch.arange(batch, **place)  # (b,) those that are still in the batch
+    ended = torch.zeros(batch, dtype=torch.bool, **place)  # (b,) which of them have ended
     mask = torch.cat([prompt_mask, prompt_mask.new_ones(batch, max_new_tokens)], 1)
     positions, inputs, cache = position_ids(prompt_mask), prompt_ids, None
     for t in range(max_new_tokens):
@@ -477,7 +477,7 @@ def generate(
             cache = output.past_key_values
             for i, layer in enumerate(getattr(cache, "layers", ())):
                 if type(layer) is DynamicLayer and layer.is_initialized:  # no sliding window, no other state
-                    cache.layers[i] = Room(layer, max_new_tokens - 1)
+                    cache.layers[i] = PreallocatedLayer(layer, max_new_tokens - 1)
         if temperature == 0:
             token = logits.argmax(-1)
             log_prob = torch.zeros_like(logits[:, 0])

@@ -99,7 +99,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         notes = [wanted] if (wanted := getattr(action.type, "wanted", "")) else []
-        if action.default not in (None, False, "", argparse.SUPPRESS) and action.option_strings:
+        if action.default not in (None, False, argparse.SUPPRESS) and action.option_strings:
             default = action.default
             if isinstance(default, list):
                 default = " ".join(x if isinstance(x, str) else "=".join(x) for x in default)
@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None, namespace=None):
         args = super().parse_args(argv, namespace)
         for name, value in vars(args).items():
-            empty = value == "" and name not in ("ptx_dataset", "eval_dataset", "blind_spot")
+            empty = value == "" and name not in ("ptx_dataset", "eval_dataset")
             # [] is what argparse makes of --name=--
             if empty or (name not in ("flags", "runs") and value in ([], [""])):
                 self.error(f"argument --{name.replace('_', '-')}: expected a value")

@@ -334,7 +334,7 @@ def update(policy, reward_critic, cost_critic, optimizers: dict, batch: dict, pt
     `batch` holds sequences, attention_mask (B, P + R) and mask, log_probs, advantages, reward_values,
     reward_returns, cost_values, cost_returns (B, R). `ptx` holds (sequences, attention_mask, P)."""
     names = ("policy_loss", "ptx_loss", "reward_value_loss", "cost_value_loss", "clip_fraction")
-    metrics = dict.fromkeys(names, 0.0)  # tensors: a number would make Python wait for the GPU
+    metrics = dict.fromkeys(names, 0.0)  # sums of tensors: .item() would make Python wait for the GPU
     pieces = micro_batches(batch, args.micro_batch_size)
     # so that micro-batches add up to the minibatch's mean
     weights = [len(rows) / len(batch["mask"]) for rows, _, _ in pieces]

@@ -308,7 +308,7 @@ def label_pair(
     rng: random.Random | None,
     sharpness: float = 2.0,
     label_noise: float = 0.0,
-    blind_spot: str = "",
+    blind_spot: str | None = None,
 ) -> dict:
     """One row of the PKU-SafeRLHF schema from the true values.
 
@@ -509,7 +509,6 @@ def parse_args(argv=None):
     flag(
         "--blind-spot",
         choices=places,
-        default="",
         metavar="WORDS",
         help="an object or a circumstance of which the annotators see no harm",
     )

@@ -16,34 +16,30 @@ import runs
 from experiments.study import (
     evaluation_jobs,
     job,
+    markdown,
     numbers,
     ppo_job,
     run_jobs,
     score_model_jobs,
     scores,
-    spread,
+    study_parser,
     world_jobs,
 )
 from files import write_json
-from runs import count, folder
+from runs import count
 
 RATES = {"reward_model": "6e-3", "cost_model": "6e-3", "ppo": "4e-3"}
 COLUMNS = (  # heading, name, scale, digits
     ("truly unsafe, %", "true_unsafe_rate", 100, 1),
     ("prompts with any, %", "true_any_unsafe_rate", 100, 1),
     ("true reward, benign", "benign_reward", 1, 2),
+    ("in % of full", "of_full", 100, 1),
 )
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
-    flag = parser.add_argument
-    flag("--seeds", type=count, default=5, help="seeds 0 to N - 1")
-    flag("--ranks", type=count, nargs="+", default=[4, 8, 16], help="of the adapters")
-    flag("--steps", type=count, default=90, help="rollouts of every PPO run")
-    flag("--samples", type=count, default=8, help="responses per held-out prompt and policy when evaluated")
-    flag("--jobs", type=count, default=2, help="commands at a time, one core each")
-    flag("--output-dir", type=folder, default="runs/adapters", help="folder for everything that is written")
+    parser = study_parser(__doc__, "runs/adapters")
+    parser.add_argument("--ranks", type=count, nargs="+", default=[4, 8, 16], help="of the adapters")
     return parser.parse_args(argv)
 
 
@@ -76,25 +72,17 @@ def adapter_jobs(args) -> list[dict]:
     return jobs
 
 
-def print_table(results: dict[str, list[dict]]) -> None:
-    headings = [*(heading for heading, *_ in COLUMNS), "in % of full", "truly unsafe, by seed"]
-    print(f"| policy | {' | '.join(headings)} |\n|---|" + "---:|" * len(headings))
-    for name, rows in results.items():
-        cells = [spread([scale * row[key] for row in rows], digits) for _, key, scale, digits in COLUMNS]
-        full = zip(rows, results["full"])
-        cells.append(spread([100 * a["benign_reward"] / b["benign_reward"] for a, b in full], 1))
-        cells.append(", ".join(f"{100 * row['true_unsafe_rate']:.1f}" for row in rows))
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
 def main(args):
     started = time.monotonic()
     run_jobs(adapter_jobs(args), args.jobs)
     seeds = [numbers(f"{args.output_dir}/seed{seed}/evaluation") for seed in range(args.seeds)]
+    for seed in seeds:
+        for row in seed.values():
+            row["of_full"] = row["benign_reward"] / seed["full"]["benign_reward"]
     results = {name: [seed[name] for seed in seeds] for name in seeds[0]}
     write_json(f"{args.output_dir}/adapters.json", results)
     print(f"{(time.monotonic() - started) / 60:.1f} minutes\n")
-    print_table(results)
+    print(markdown(results, COLUMNS, by_seed=True))
 
 
 if __name__ == "__main__":

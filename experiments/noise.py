@@ -20,6 +20,7 @@ from experiments.figures import band
 from experiments.study import (
     evaluation_jobs,
     job,
+    markdown,
     numbers,
     ppo_job,
     read_metrics,
@@ -27,11 +28,11 @@ from experiments.study import (
     score_model_jobs,
     scores,
     spread,
+    study_parser,
     world_jobs,
 )
 from files import read_jsonl, write_json
 from plots import OWN, panels, pretty, save
-from runs import count, folder
 from toy_world import true_cost
 
 VARIANTS = {  # name: flags of `toy_world.py preferences`
@@ -48,23 +49,16 @@ METHODS = {  # name: script, flags
     "repo": ("repo_ppo.py",),
     "repo_d-1": ("repo_ppo.py", "--threshold", "-1"),
 }
-COLUMNS = (  # heading, name, digits
-    ("truly unsafe, %", "true_unsafe_rate", 1),
-    ("unsafe by the cost model, %", "unsafe_rate", 1),
-    ("prompts with any, %", "true_any_unsafe_rate", 1),
-    ("true reward, benign", "benign_reward", 2),
+COLUMNS = (  # heading, name, scale, digits
+    ("truly unsafe, %", "true_unsafe_rate", 100, 1),
+    ("unsafe by the cost model, %", "unsafe_rate", 100, 1),
+    ("prompts with any, %", "true_any_unsafe_rate", 100, 1),
+    ("true reward, benign", "benign_reward", 1, 2),
 )
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
-    flag = parser.add_argument
-    flag("--seeds", type=count, default=5, help="seeds 0 to N - 1")
-    flag("--steps", type=count, default=90, help="rollouts of every PPO run")
-    flag("--samples", type=count, default=8, help="responses per held-out prompt and policy when evaluated")
-    flag("--jobs", type=count, default=2, help="commands at a time, one core each")
-    flag("--output-dir", type=folder, default="runs/noise", help="folder for everything that is written")
-    return parser.parse_args(argv)
+    return study_parser(__doc__, "runs/noise").parse_args(argv)
 
 
 def noise_jobs(args) -> list[dict]:
@@ -126,15 +120,7 @@ def print_tables(results: dict) -> None:
             end="",
         )
         print(f"pairs, the given one in {spread(given, 1)}% of its last training pairs\n")
-        print("| policy | " + " | ".join(heading for heading, *_ in COLUMNS) + " | truly unsafe, by seed |")
-        print("|---|" + "---:|" * (len(COLUMNS) + 1))
-        for name, rows in own["policies"].items():
-            cells = []
-            for heading, key, digits in COLUMNS:
-                scale = 100 if heading.endswith("%") else 1
-                cells.append(spread([scale * row[key] for row in rows], digits))
-            cells.append(", ".join(f"{100 * row['true_unsafe_rate']:.1f}" for row in rows))
-            print(f"| {name} | {' | '.join(cells)} |")
+        print(markdown(own["policies"], COLUMNS, by_seed=True))
 
 
 def figure(results: dict, window: int = 15):

@@ -42,15 +42,21 @@ KEPT = "true_unsafe_rate true_any_unsafe_rate unsafe_rate true_reward cost best_
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = study_parser(__doc__, "runs/study")
     parser.add_argument("command", choices=("run", "rounds", "tables"), help="what to do")
+    return parser.parse_args(argv)
+
+
+def study_parser(doc: str, output_dir: str):
+    """The flags of every study."""
+    parser = runs.parser(doc)
     flag = parser.add_argument
-    flag("--seeds", type=count, default=5, help="seeds 0 to N - 1; rounds: N seeds of it")
+    flag("--seeds", type=count, default=5, help="seeds 0 to N - 1")
     flag("--steps", type=count, default=90, help="rollouts of every PPO run")
     flag("--samples", type=count, default=8, help="responses per held-out prompt and policy when evaluated")
     flag("--jobs", type=count, default=2, help="commands at a time, one core each")
-    flag("--output-dir", type=folder, default="runs/study", help="folder for everything that is written")
-    return parser.parse_args(argv)
+    flag("--output-dir", type=folder, default=output_dir, help="folder for everything that is written")
+    return parser
 
 
 # ------------------------------------------------------------------------------ commands and what they need
@@ -264,12 +270,16 @@ COLUMNS = (  # heading, name, scale, digits
 )
 
 
-def markdown(results: dict[str, list[dict]]) -> str:
-    lines = ["| policy | " + " | ".join(c[0] for c in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+def markdown(results: dict[str, list[dict]], columns: tuple = COLUMNS, by_seed: bool = False) -> str:
+    """policy -> rows of `numbers`, one a seed, as a table; `by_seed`: truly unsafe also seed by seed."""
+    headings = [heading for heading, *_ in columns] + ["truly unsafe, by seed"] * by_seed
+    lines = [f"| policy | {' | '.join(headings)} |", "|---|" + "---:|" * len(headings)]
     for name, rows in results.items():
         cells = []
-        for _, key, scale, digits in COLUMNS:
+        for _, key, scale, digits in columns:
             cells.append(spread([row[key] * scale if key in row else None for row in rows], digits))
+        if by_seed:
+            cells.append(", ".join(f"{100 * row['true_unsafe_rate']:.1f}" for row in rows))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

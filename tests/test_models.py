@@ -168,12 +168,12 @@ def test_a_cache_written_in_place_changes_no_bit(policy, prompts, monkeypatch):
     rooms = []
     hook = policy.register_forward_hook(lambda *args: rooms.append(args[-1].past_key_values.layers[-1]))
     in_place = generate(policy, ids, mask, 12, uniforms=uniforms)
-    assert type(rooms[-1]) is models.Room and rooms[-1].get_seq_length() == 5 + 11
+    assert type(rooms[-1]) is models.PreallocatedLayer and rooms[-1].get_seq_length() == 5 + 11
     assert rooms[-1].keys.untyped_storage().data_ptr() == rooms[1].keys.untyped_storage().data_ptr()
     monkeypatch.setattr(models, "DynamicLayer", None)  # then every layer stays as transformers has made it
     grown = generate(policy, ids, mask, 12, uniforms=uniforms)
     hook.remove()
-    assert type(rooms[-1]) is not models.Room
+    assert type(rooms[-1]) is not models.PreallocatedLayer
     assert all(torch.equal(a, b) for a, b in zip(in_place, grown, strict=True))
 
 

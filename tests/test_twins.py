@@ -146,6 +146,7 @@ def declared_flags(name: str) -> set[str]:
 def test_every_flag_is_read(name):
     text = source(name)
     flags = declared_flags(name) | (declared_flags("runs.py") if "add_run_flags(parser" in text else set())
+    flags |= declared_flags("experiments/study.py") if "study_parser(" in text else set()
     # what a training script does not read itself, the rooms below it and the plan read
     readers = (
         text + source("runs.py") + source("distributed.py") + (source("data.py") if name in STAGES else "")
