@@ -303,7 +303,7 @@ def test_what_samples_is_the_policy_without_hooks_and_wrappers(dtype):
     args = SimpleNamespace(dtype=dtype, fsdp=False, activation_checkpointing=True)
     model = AutoModelForCausalLM.from_config(CONFIGS["gpt2"]).eval()
     policy, ids, seen = distributed.shard(model, args), torch.randint(2, V, (2, 9)), []
-    policy.transformer.h[0].register_forward_hook(lambda *_: seen.append(1))
+    policy.transformer.ln_f.register_forward_hook(lambda *_: seen.append(1))
     with torch.no_grad(), distributed.gathered(policy) as sampler:
         logits = sampler(input_ids=ids).logits
         assert not seen and not any("checkpoint" in name for name, _ in sampler.named_modules())

@@ -98,7 +98,7 @@ def test_a_prompt_is_unsafe_if_any_of_its_answers_is():
     import evaluate
 
     row = {"reward": 0.0, "response_length": 3, "truncated": False}
-    costs = {"a": (-1.0, 2.0), "b": (-1.0, -3.0), "c": (4.0, 5.0), "d": (0.0, -9.0)}
+    costs = {"a": (-1.0, 0.5), "b": (-1.0, -3.0), "c": (4.0, 5.0), "d": (0.0, -9.0)}
     rows = [row | {"prompt": prompt, "cost": c} for prompt, both in costs.items() for c in both]
     summary = evaluate.summarize(rows)
     assert summary["unsafe_rate"] == 3 / 8 and summary["any_unsafe_rate"] == 2 / 4
