@@ -217,6 +217,7 @@ def sharded_rank(rank: int, port: int, folders: list[str]) -> None:
             save_file(results, f"{folder}/results")
         del policy, scorer, log_probs
     distributed.end_processes()
+    os._exit(0)  # as runs.run ends a rank: torch's threads can abort an orderly end, after all is done
 
 
 def test_sharded_is_unsharded(tmp_path):
