@@ -175,21 +175,26 @@ def table(summaries: dict) -> str:
     return "\n".join(map("  ".join, aligned))
 
 
-def threshold_advice(costs: list[float], threshold: float) -> str:
-    """What the initial policy's learned costs say about the limit d of Safe RLHF, E[C(x, y)] <= d.
+def suggested_threshold(costs: list[float]) -> float | None:
+    """A limit d of Safe RLHF, E[C(x, y)] <= d, from the initial policy's learned costs (None: none is safe).
 
-    Suggested is the average of a policy of which 5% of the responses were as unsafe as this one's unsafe
-    ones and all others as safe as its safe ones: d = 0.95 E[C | C <= 0] + 0.05 E[C | C > 0]. A larger d lets
-    safe responses pay for more unsafe ones; one at or below E[C | C <= 0] asks for more safety than this
+    The average of a policy of which 5% of the responses were as unsafe as this one's unsafe ones and all
+    others as safe as its safe ones: d = 0.95 E[C | C <= 0] + 0.05 E[C | C > 0]. A larger d lets safe
+    responses pay for more unsafe ones; one at or below E[C | C <= 0] asks for more safety than this
     policy's safe responses have, and that is to be had by refusing (docs/results.md, d = -5).
     RePO needs no such choice: its d limits every response, and C <= 0 is what the cost model calls safe."""
+    safe, unsafe = [c for c in costs if c <= 0], [c for c in costs if c > 0]
+    return 0.95 * mean(safe) + 0.05 * mean(unsafe or safe) if safe else None
+
+
+def threshold_advice(costs: list[float], threshold: float) -> str:
+    """What the initial policy's learned costs say about the limit d of Safe RLHF."""
     places = {q: min(len(costs) - 1, int(q * len(costs))) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
     quantiles = "  ".join(f"{q:.0%} {sorted(costs)[place]:+.2f}" for q, place in places.items())
-    safe, unsafe = [c for c in costs if c <= 0], [c for c in costs if c > 0]
     lines = [f"quantiles of its learned cost: {quantiles}; mean {mean(costs):+.2f}"]
-    if safe:
-        suggested = 0.95 * mean(safe) + 0.05 * mean(unsafe or safe)
-        least = f"{mean(safe):+.2f}, the mean of its safe responses, leaves no room"
+    suggested = suggested_threshold(costs)
+    if suggested is not None:
+        least = f"{mean(c for c in costs if c <= 0):+.2f}, the mean of its safe responses, leaves no room"
         lines.append(f"for an average limit (Safe RLHF) this suggests d = {suggested:+.2f}; {least}")
     if threshold >= mean(costs):
         then = "Safe RLHF's multiplier would fall from the start, and relax instead of restrain"
@@ -310,7 +315,9 @@ def main(args):
 
     # ------------------------------------------------------------------ 4 compare
     summaries = {name: summarize(rows) for name, rows in by_policy.items()}
+    initial = [row["cost"] for row in next(iter(by_policy.values()))]
     summary = {"policies": summaries, "prompts": len(prompts), "args": vars(args)}
+    summary["suggested_threshold"] = suggested_threshold(initial)
     write_jsonl(os.path.join(args.output_dir, "responses.jsonl"), everything)
     write_json(os.path.join(args.output_dir, "summary.json"), summary)
     with writing(os.path.join(args.output_dir, "table.txt")) as temporary, open(temporary, "w") as file:
@@ -318,9 +325,8 @@ def main(args):
     print(table(summaries))
     cut_off = ", ".join(f"{name} {s['truncated_rate']:.1%}" for name, s in summaries.items())
     print(f"\ncut off at --max-new-tokens {args.max_new_tokens}: {cut_off}")
-    first = next(iter(by_policy))
-    advice = threshold_advice([row["cost"] for row in by_policy[first]], args.threshold)
-    print(f"\n{first} as the initial policy: {advice}")
+    advice = threshold_advice(initial, args.threshold)
+    print(f"\n{next(iter(by_policy))} as the initial policy: {advice}")
 
 
 if __name__ == "__main__":

@@ -6,18 +6,22 @@
 A variant flips a share of the safety labels at random, or has a blind spot: an object of which the
 annotators see no harm. Per seed one world, SFT policy and reward model; per seed and variant preferences, a
 cost model and every method of METHODS. The truth stays the truth: true rates are those of the world.
+"Advised" is the limit that evaluate.py suggests from the SFT policy's answers to the training prompts.
 
-Resumable like experiments.study, whose commands these are. It writes noise.json, prints its tables, and draws
-learned and true unsafe rates over the rollouts (of the eight answers of each rollout that a run logs).
+Resumable like experiments.study, whose commands these are, and at home in the same folder: world, SFT policy
+and reward model are the study's. It writes noise.json, prints its tables, and draws learned and true unsafe
+rates over the rollouts (of the eight answers of each rollout that a run logs).
 """
 
 import os
 import statistics
 import time
+from typing import NamedTuple
 
 import runs
 from experiments.figures import band
 from experiments.study import (
+    claim,
     evaluation_jobs,
     job,
     markdown,
@@ -31,7 +35,7 @@ from experiments.study import (
     study_parser,
     world_jobs,
 )
-from files import read_jsonl, write_json
+from files import read_json, read_jsonl, write_json
 from plots import OWN, panels, pretty, save
 from toy_world import true_cost
 
@@ -42,9 +46,10 @@ VARIANTS = {  # name: flags of `toy_world.py preferences`
     "noise_0.2": ("--label-noise", "0.2"),
     "blind_network": ("--blind-spot", "network"),
 }
+ADVISED = "safe_rlhf_advised"
 METHODS = {  # name: script, flags
     "safe_rlhf": ("safe_rlhf_ppo.py",),
-    "safe_rlhf_d-4": ("safe_rlhf_ppo.py", "--threshold", "-4"),
+    ADVISED: ("safe_rlhf_ppo.py", "--threshold"),  # and the limit, which is known when the models are there
     "shaping_0.3": ("safe_rlhf_ppo.py", "--reward-shaping", "0.3"),
     "repo": ("repo_ppo.py",),
     "repo_d-1": ("repo_ppo.py", "--threshold", "-1"),
@@ -58,32 +63,67 @@ COLUMNS = (  # heading, name, scale, digits
 
 
 def parse_args(argv=None):
-    return study_parser(__doc__, "runs/noise").parse_args(argv)
+    return study_parser(__doc__, "runs/study").parse_args(argv)
 
 
-def noise_jobs(args) -> list[dict]:
-    jobs = []
+class Place(NamedTuple):
+    """Where the files of a seed and a variant are."""
+
+    seed: int
+    variant: str
+    root: str  # the study's folder of this seed: world, SFT policy, reward model
+    own: str  # the variant's folder in it
+    cost: str  # of the cost model: `own`, or `root` where no label is wrong
+
+
+def places(args) -> list[Place]:
+    found = []
     for seed in range(args.seeds):
-        root = f"{args.output_dir}/seed{seed}"
+        for variant in VARIANTS:
+            root = f"{args.output_dir}/seed{seed}"
+            own = f"{root}/noise/{variant}"
+            found.append(Place(seed, variant, root, own, root if variant == "none" else own))
+    return found
+
+
+def model_jobs(args) -> list[dict]:
+    """All before PPO: worlds, SFT policies, reward models; per variant its cost model and the advice."""
+    jobs = []
+    for seed, variant, root, own, cost in places(args):
         world, sft = f"{root}/data", f"{root}/sft/model"
-        jobs += world_jobs(root, seed) + score_model_jobs(root, sft, [sft], seed)[:2]  # no cost model yet
-        for variant, errors in VARIANTS.items():
-            own = f"{root}/{variant}"
+        if variant == "none":
+            jobs += world_jobs(root, seed) + score_model_jobs(root, sft, [sft], seed)
+        else:
             pairs, held_out = f"{own}/data/preferences_train.jsonl", f"{world}/preferences_test_cost.jsonl"
-            sample = ["preferences", "--policy", sft, "--output-dir", f"{own}/data", "--seed", seed, *errors]
-            jobs.append(job(pairs, [f"{sft}/config.json"], "toy_world.py", *sample))
+            sample = ["preferences", "--policy", sft, "--output-dir", f"{own}/data", "--seed", seed]
+            jobs.append(job(pairs, [held_out], "toy_world.py", *sample, *VARIANTS[variant]))
             flags = ["--model", sft, "--dataset", pairs, "--eval-dataset", held_out]
             flags += ["--output-dir", f"{own}/cost_model", "--seed", seed]
-            made = f"{own}/cost_model/model/config.json"
-            jobs.append(job(made, [pairs, held_out], "cost_model.py", *flags))
-            scored = scores(root, own)
-            for name, (script, *flags) in METHODS.items():
-                flags += ["--sample-every", 1]
-                output = f"{own}/{name}"
-                jobs.append(ppo_job(output, script, sft, scored, world, "balanced", seed, args, *flags))
-            policies = {"sft": sft} | {name: f"{own}/{name}/model" for name in METHODS}
-            jobs += evaluation_jobs(f"{own}/evaluation", policies, scored, world, "balanced", seed, args)
+            jobs.append(job(f"{own}/cost_model/model/config.json", [pairs], "cost_model.py", *flags))
+        scored, advice = scores(root, cost), f"{own}/advice"
+        flags = ["--policies", f"sft={sft}", *scored, "--prompts", f"{world}/prompts_balanced_train.jsonl"]
+        needs = [f"{path}/config.json" for path in scored[1::2]]
+        jobs.append(job(f"{advice}/table.txt", needs, "evaluate.py", *flags, "--output-dir", advice))
     return jobs
+
+
+def policy_jobs(args, limits: dict[str, float]) -> list[dict]:
+    """PPO and evaluations; `limits`: a variant's own folder -> the advised limit."""
+    jobs = []
+    for place in places(args):
+        seed, own, world, sft = place.seed, place.own, f"{place.root}/data", f"{place.root}/sft/model"
+        scored = scores(place.root, place.cost)
+        for name, (script, *flags) in METHODS.items():
+            flags += [f"{limits[own]:.2f}"] * (name == ADVISED) + ["--sample-every", 1]
+            jobs.append(ppo_job(f"{own}/{name}", script, sft, scored, world, "balanced", seed, args, *flags))
+        policies = {"sft": sft} | {name: f"{own}/{name}/model" for name in METHODS}
+        jobs += evaluation_jobs(f"{own}/evaluation", policies, scored, world, "balanced", seed, args)
+    return jobs
+
+
+def advised_limits(args) -> dict[str, float]:
+    folders = [place.own for place in places(args)]
+    return {own: read_json(f"{own}/advice/summary.json")["suggested_threshold"] for own in folders}
 
 
 def unsafe_curves(run: str, steps: int) -> dict[str, list[float]]:
@@ -95,20 +135,18 @@ def unsafe_curves(run: str, steps: int) -> dict[str, list[float]]:
     return {name: [statistics.mean(rows) for rows in curve] for name, curve in curves.items()}
 
 
-def collect(args) -> dict:
-    """variant -> cost models' accuracies, and policy -> results and curves, lists over the seeds."""
-    results: dict = {}
-    for variant in VARIANTS:
-        own = results[variant] = {"signs": [], "policies": {}, "curves": {}}
-        for seed in range(args.seeds):
-            root = f"{args.output_dir}/seed{seed}/{variant}"
-            logged = read_metrics(f"{root}/cost_model")
-            given = statistics.mean(row["sign_accuracy"] for row in logged[-50:])
-            own["signs"].append({"true": logged[-1]["eval_sign_accuracy"], "given": given})
-            for name, row in numbers(f"{root}/evaluation").items():
-                own["policies"].setdefault(name, []).append(row)
-            for name in METHODS:
-                own["curves"].setdefault(name, []).append(unsafe_curves(f"{root}/{name}", args.steps))
+def collect(args, limits: dict[str, float]) -> dict:
+    """variant -> cost models' accuracies and advised limits, and policy -> results and curves, by seed."""
+    results = {variant: {"signs": [], "limits": [], "policies": {}, "curves": {}} for variant in VARIANTS}
+    for _, variant, _, folder, cost in places(args):
+        own, logged = results[variant], read_metrics(f"{cost}/cost_model")
+        given = statistics.mean(row["sign_accuracy"] for row in logged[-50:])
+        own["signs"].append({"true": logged[-1]["eval_sign_accuracy"], "given": given})
+        own["limits"].append(limits[folder])
+        for name, row in numbers(f"{folder}/evaluation").items():
+            own["policies"].setdefault(name, []).append(row)
+        for name in METHODS:
+            own["curves"].setdefault(name, []).append(unsafe_curves(f"{folder}/{name}", args.steps))
     return results
 
 
@@ -119,7 +157,8 @@ def print_tables(results: dict) -> None:
             f"\n**{variant}**: the cost model has the true sign right in {spread(true, 1)}% of held-out ",
             end="",
         )
-        print(f"pairs, the given one in {spread(given, 1)}% of its last training pairs\n")
+        print(f"pairs, the given one in {spread(given, 1)}% of its last training pairs; ", end="")
+        print(f"the advised limit is {spread(own['limits'], 1)}\n")
         print(markdown(own["policies"], COLUMNS, by_seed=True))
 
 
@@ -143,8 +182,11 @@ def figure(results: dict, window: int = 15):
 
 def main(args):
     started = time.monotonic()
-    run_jobs(noise_jobs(args), args.jobs)
-    results = collect(args)
+    claim(args)
+    run_jobs(model_jobs(args), args.jobs)
+    limits = advised_limits(args)
+    run_jobs(policy_jobs(args, limits), args.jobs)
+    results = collect(args, limits)
     write_json(f"{args.output_dir}/noise.json", results)
     save(figure(results), os.path.join(args.output_dir, "noise"))
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")

@@ -126,18 +126,18 @@ def evaluation_jobs(output, policies: dict, scored: list, data: str, mix: str, s
     ]
 
 
-def study_jobs(args) -> list[dict]:
+def study_jobs(args, mixes=tuple(MIXES), methods: dict = METHODS) -> list[dict]:
     jobs = []
     for seed in range(args.seeds):
         folder = f"{args.output_dir}/seed{seed}"
         data, sft = f"{folder}/data", f"{folder}/sft/model"
         jobs += world_jobs(folder, seed) + score_model_jobs(folder, sft, [sft], seed)
-        for mix in MIXES:
+        for mix in mixes:
             jobs += [
                 ppo_job(f"{folder}/{mix}/{name}", script, sft, scores(folder), data, mix, seed, args, *flags)
-                for name, (script, *flags) in METHODS.items()
+                for name, (script, *flags) in methods.items()
             ]
-            policies = {"sft": sft} | {name: f"{folder}/{mix}/{name}/model" for name in METHODS}
+            policies = {"sft": sft} | {name: f"{folder}/{mix}/{name}/model" for name in methods}
             output = f"{folder}/{mix}/evaluation"
             jobs += evaluation_jobs(output, policies, scores(folder), data, mix, seed, args)
     return jobs
@@ -311,10 +311,9 @@ def print_tables(args) -> None:
         print(f"\n**iterated rounds**\n\n{markdown(read_json(rounds))}")
 
 
-def main(args):
-    if args.command == "tables":
-        return print_tables(args)
-    started, path = time.monotonic(), f"{args.output_dir}/settings.json"
+def claim(args) -> None:
+    """Mark the folder as one of runs with these settings; one of other runs is refused."""
+    path = f"{args.output_dir}/settings.json"
     settings = json.loads(
         json.dumps({"steps": args.steps, "samples": args.samples, "methods": METHODS, "kept": KEPT})
     )
@@ -323,6 +322,13 @@ def main(args):
             f"{args.output_dir} holds runs with other settings ({path}); take another --output-dir"
         )
     write_json(path, settings)
+
+
+def main(args):
+    if args.command == "tables":
+        return print_tables(args)
+    started = time.monotonic()
+    claim(args)
     result = f"{args.output_dir}/{'study' if args.command == 'run' else 'rounds'}.json"
     if args.command == "run":
         run_jobs(study_jobs(args), args.jobs)

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import shutil
+import statistics
 import weakref
 from pathlib import Path
 
@@ -92,6 +93,10 @@ def test_evaluation_files(demo):
         safe_reward = sum(row["true_reward"] for row in mine if row["true_cost"] <= 0)
         best = sum(row["best_safe_reward"] for row in mine)
         assert safe_reward and numbers["best_safe_share"] == pytest.approx(safe_reward / best)
+    costs = [row["cost"] for row in rows if row["policy"] == "sft"]
+    safe, unsafe = ([c for c in costs if (c <= 0) == kind] for kind in (True, False))
+    advised = 0.95 * statistics.mean(safe) + 0.05 * statistics.mean(unsafe)
+    assert summary["suggested_threshold"] == pytest.approx(advised)
 
 
 def test_a_prompt_is_unsafe_if_any_of_its_answers_is():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, ROOT
 
-from experiments import adapter_study, noise, study
+from experiments import adapter_study, noise, seeds, study
 from runs import RunError
 
 STUDY = "experiments/study.py"
@@ -23,7 +23,11 @@ def arguments(**changes) -> argparse.Namespace:
 
 
 JOBS = {"study": study.study_jobs(arguments()), "rounds": study.rounds_jobs(arguments())}
-JOBS["noise"] = noise.noise_jobs(arguments())
+LIMITS = {place.own: -1.234 for place in noise.places(arguments())}
+JOBS["noise"] = noise.model_jobs(arguments()) + noise.policy_jobs(arguments(), LIMITS)
+JOBS["seeds"] = study.study_jobs(
+    arguments(), (seeds.MIX,), {name: study.METHODS[name] for name in seeds.PAIR}
+)
 JOBS["adapters"] = adapter_study.adapter_jobs(arguments(ranks=[4, 8]))
 
 
@@ -157,3 +161,27 @@ def test_a_stopped_study_leaves_no_process_behind(tmp_path):
             assert str(tmp_path).encode() not in path.read_bytes(), path
         except OSError:  # it ended meanwhile
             pass
+
+
+def test_the_bootstrap_resamples_pairs():
+    """Two seeds of which one is safer by 1 and one less safe by 1: a resample of two has both of the same
+    kind in a quarter of the cases each. And what the seeds of a pair share does not blur the difference."""
+    drawn = seeds.bootstrap([(0, -1), (0, 1)], seeds.difference)
+    assert [round(4 * drawn.count(value) / len(drawn), 1) for value in (-1, 0, 1)] == [1.0, 2.0, 1.0]
+    assert seeds.interval(seeds.bootstrap([(0, 1), (10, 11), (20, 21)], seeds.difference)) == (1, 1)
+    assert seeds.ratio([(2, 1), (6, 5)]) == 6 / 8
+
+
+def test_how_sure_one_is_of_both_claims():
+    """Of two seeds RePO is safer in both, and as helpful (at least 95%) in one: 3.8 of 4; 3.0 of 4."""
+    rows = [(0.5, 4.0), (0.4, 4.0)], [(0.01, 3.8), (0.02, 3.0)]
+    names = ("true_unsafe_rate", "benign_reward")
+    safe, repo = ([dict(zip(names, row)) for row in seed] for seed in rows)
+    compared = seeds.compare({"sft": safe, "safe_rlhf": safe, "repo": repo})
+    safer, helpful = compared["safer"], compared["as_helpful"]
+    assert safer["estimate"] == pytest.approx(-0.435) and safer["sure"] == 1 and safer["seeds"] == 2
+    assert safer["interval"] == pytest.approx((-0.49, -0.38))
+    assert helpful["estimate"] == pytest.approx(6.8 / 8) and helpful["seeds"] == 1
+    assert helpful["sure"] == pytest.approx(0.25, abs=0.02)  # both draws are the first seed
+    figure = seeds.figure({"sft": safe, "safe_rlhf": safe, "repo": repo})
+    assert [len(ax.collections) for ax in figure.axes] == [2, 2]

@@ -30,7 +30,16 @@ ROOMS = {  # a room, and what it may import of ours
     "point_mass": {"runs", "files"},
     "explore": set(),
 }
-STUDIES = ("study", "figures", "noise", "adapter_study", "satac_study", "satac_tabular", "ball_circle")
+STUDIES = (
+    "study",
+    "figures",
+    "noise",
+    "seeds",
+    "adapter_study",
+    "satac_study",
+    "satac_tabular",
+    "ball_circle",
+)
 EXPERIMENTS = tuple(f"experiments/{name}.py" for name in STUDIES)
 FURTHER = ("tools/arena.py", "tools/plan.py", *EXPERIMENTS)
 ALL = (*STAGES, *FURTHER, *(f"{room}.py" for room in ROOMS))
