@@ -11,7 +11,7 @@ on held-out prompts of that mix and tools/arena.py on its answers. All of it is 
 two at a time, one core each; their output is in `log.txt` beside their results.
 
 Resumable: what is already there is not run again. Everything that figures and tables need is in study.json.
-The scripts' default flags are the study's; they were chosen on training prompts of seed 0.
+The scripts' default flags are the study's; they were chosen on training prompts of seeds 0 and 1.
 """
 
 import json

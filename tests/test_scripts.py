@@ -337,7 +337,7 @@ BAD_INPUT = [
         "bad.jsonl row 1: field 'response_0' is",
     ),
     (PPO, ("--minibatch-size", "48"), "--minibatch-size 48 does not divide --batch-size 128"),
-    (PPO, ("--lambda-init", "9"), "--lambda-init 9.0 is above --lambda-max 5.0"),
+    (PPO, ("--lambda-init", "9"), "--lambda-init 9.0 is above --lambda-max 2.0"),
     (PPO, ("--lambda-max", "0"), "argument --lambda-max: must be a number above 0, got 0"),
     (PPO, ("--reward-model", COST_MODEL), "a cost model, and a reward model is needed"),
     (PPO, ("--cost-model", "runs/demo/sft/model"), "no score head"),
