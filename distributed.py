@@ -9,6 +9,7 @@ One process is the case N = 1 of the same code; nothing here needs torchrun.
 """
 
 import gc
+import math
 import os
 import warnings
 from collections import OrderedDict
@@ -270,15 +271,15 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
             dist.all_reduce(p.grad)
             p.grad /= world_size()
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if not torch.isfinite(norm):
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    if not math.isfinite(norm):
         grads = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         bad = next(
             (name for name, grad in grads.items() if not grad.isfinite().all()), "the norm of them all"
         )
         remedy = "Lower the learning rate, or use --dtype fp32"
         raise InputError(f"the gradient is not finite; the first that is not is {bad}. {remedy}")
-    return norm.item()
+    return norm
 
 
 def local(tensor: Tensor) -> Tensor:

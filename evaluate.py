@@ -22,6 +22,7 @@ Comparisons answer by answer, Elo and other judges are tools/arena.py's.
 
 import math
 import os
+from itertools import compress
 
 import torch
 
@@ -246,8 +247,10 @@ def answer(name: str, folder: str, prompts: list[str], args) -> dict:
             check_finite(start, **{f"log-probability of {name}": log_probs})
             responses = sequences[:, ids.shape[1] :]
             real, last = response_mask(responses, ends).bool(), is_end(responses, ends)
-            kept = [row[keep].tolist() for row, keep in zip(responses, real)]
-            spoken = [row[keep].tolist() for row, keep in zip(responses, real & ~last)]
+            kept, spoken = (
+                [list(compress(*row)) for row in zip(responses.tolist(), keep.tolist())]
+                for keep in (real, real & ~last)
+            )
             texts, ended = decode_responses(tokenizer, prompt_ids, spoken), last.any(-1).tolist()
             for prompt, response, row_ids, whole in zip(batch, texts, kept, ended):
                 row = {"policy": name, "prompt": prompt, "response": response}

@@ -48,7 +48,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def is_end(tokens: Tensor, eos_token_id: int | list[int]) -> Tensor:
+def is_end(tokens: Tensor, eos_token_id: int | list[int] | Tensor) -> Tensor:
     """Ids of any shape -> bool, whether they end a response. A chat model has more than one such id."""
     return torch.isin(tokens, torch.as_tensor(eos_token_id, device=tokens.device))
 
@@ -461,6 +461,9 @@ def generate(
     ended = torch.zeros(batch, dtype=torch.bool, **place)  # (b,) which of them have ended
     mask = torch.cat([prompt_mask, prompt_mask.new_ones(batch, max_new_tokens)], 1)
     positions, inputs, cache = position_ids(prompt_mask), prompt_ids, None
+    ends = (
+        None if eos_token_id is None else torch.as_tensor(eos_token_id, **place)
+    )  # moved once, not per token
     for t in range(max_new_tokens):
         output = policy(
             input_ids=inputs,
@@ -494,8 +497,8 @@ def generate(
         sequences[rows, width + t] = token
         log_probs[rows, t] = torch.where(ended, 0.0, log_prob)
         inputs, positions = token[:, None], positions[:, -1:] + 1
-        if eos_token_id is not None:
-            ended = ended | is_end(token, eos_token_id)
+        if ends is not None:
+            ended = ended | is_end(token, ends)
             left = len(rows) - int(ended.sum())
             if left == 0:
                 break

@@ -24,6 +24,7 @@ the multiplier (none is in the paper's equations), and a new order of the miniba
 """
 
 import math
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -262,14 +263,15 @@ def sample_rollout(policy, prompts: list[str], tokenizer, ends: list[int], step:
         )
     del sampler  # under bf16 a copy of the weights
     mask = response_mask(sequences[:, width:], ends)  # (B, R)
-    spoken = mask.bool() & ~is_end(sequences[:, width:], ends)
-    responses = [row[kept].tolist() for row, kept in zip(sequences[:, width:], spoken)]
+    last = is_end(sequences[:, width:], ends)  # (B, R)
+    spoken = (mask.bool() & ~last).tolist()  # from the GPU at once: row by row it would wait for it B times
+    responses = [list(compress(*row)) for row in zip(sequences[:, width:].tolist(), spoken)]
     rollout = {
         "sequences": sequences,
         "attention_mask": torch.cat([prompt_mask, mask], 1),
         "mask": mask,
         "log_probs": log_probs,
-        "ended": is_end(sequences[:, width:], ends).any(-1),
+        "ended": last.any(-1),
         "prompts": chosen,
         "responses": data.decode_responses(tokenizer, prompt_ids, responses),
     }
