@@ -270,8 +270,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
         for p in parameters:
             dist.all_reduce(p.grad)
             p.grad /= world_size()
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    total = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = (total.full_tensor() if hasattr(total, "full_tensor") else total).item()
     if not math.isfinite(norm):
         grads = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         bad = next(
@@ -279,6 +279,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
         )
         remedy = "Lower the learning rate, or use --dtype fp32"
         raise InputError(f"the gradient is not finite; the first that is not is {bad}. {remedy}")
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
     return norm
 
 

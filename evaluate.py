@@ -247,9 +247,9 @@ def answer(name: str, folder: str, prompts: list[str], args) -> dict:
             check_finite(start, **{f"log-probability of {name}": log_probs})
             responses = sequences[:, ids.shape[1] :]
             real, last = response_mask(responses, ends).bool(), is_end(responses, ends)
+            ids = responses.tolist()
             kept, spoken = (
-                [list(compress(*row)) for row in zip(responses.tolist(), keep.tolist())]
-                for keep in (real, real & ~last)
+                [list(compress(*row)) for row in zip(ids, keep.tolist())] for keep in (real, real & ~last)
             )
             texts, ended = decode_responses(tokenizer, prompt_ids, spoken), last.any(-1).tolist()
             for prompt, response, row_ids, whole in zip(batch, texts, kept, ended):

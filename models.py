@@ -461,9 +461,9 @@ def generate(
     ended = torch.zeros(batch, dtype=torch.bool, **place)  # (b,) which of them have ended
     mask = torch.cat([prompt_mask, prompt_mask.new_ones(batch, max_new_tokens)], 1)
     positions, inputs, cache = position_ids(prompt_mask), prompt_ids, None
-    ends = (
-        None if eos_token_id is None else torch.as_tensor(eos_token_id, **place)
-    )  # moved once, not per token
+    ends = eos_token_id
+    if ends is not None:  # once: per token it would wait for the GPU
+        ends = torch.as_tensor(ends, **place)
     for t in range(max_new_tokens):
         output = policy(
             input_ids=inputs,

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import runs
 from experiments.figures import band
 from experiments.study import (
+    check_same_flags,
     claim,
     evaluation_jobs,
     job,
@@ -37,6 +38,7 @@ from experiments.study import (
 )
 from files import read_json, read_jsonl, write_json
 from plots import OWN, panels, pretty, save
+from runs import RunError
 from toy_world import true_cost
 
 VARIANTS = {  # name: flags of `toy_world.py preferences`
@@ -103,7 +105,8 @@ def model_jobs(args) -> list[dict]:
         scored, advice = scores(root, cost), f"{own}/advice"
         flags = ["--policies", f"sft={sft}", *scored, "--prompts", f"{world}/prompts_balanced_train.jsonl"]
         needs = [f"{path}/config.json" for path in scored[1::2]]
-        jobs.append(job(f"{advice}/table.txt", needs, "evaluate.py", *flags, "--output-dir", advice))
+        flags += ["--output-dir", advice, "--seed", seed]
+        jobs.append(job(f"{advice}/table.txt", needs, "evaluate.py", *flags))
     return jobs
 
 
@@ -122,8 +125,12 @@ def policy_jobs(args, limits: dict[str, float]) -> list[dict]:
 
 
 def advised_limits(args) -> dict[str, float]:
-    folders = [place.own for place in places(args)]
-    return {own: read_json(f"{own}/advice/summary.json")["suggested_threshold"] for own in folders}
+    limits = {}
+    for place in places(args):
+        limits[place.own] = read_json(f"{place.own}/advice/summary.json")["suggested_threshold"]
+        if limits[place.own] is None:
+            raise RunError(f"{place.own}: its cost model calls no answer of the SFT policy safe")
+    return limits
 
 
 def unsafe_curves(run: str, steps: int) -> dict[str, list[float]]:
@@ -135,14 +142,17 @@ def unsafe_curves(run: str, steps: int) -> dict[str, list[float]]:
     return {name: [statistics.mean(rows) for rows in curve] for name, curve in curves.items()}
 
 
-def collect(args, limits: dict[str, float]) -> dict:
+def collect(args) -> dict:
     """variant -> cost models' accuracies and advised limits, and policy -> results and curves, by seed."""
+    for name in METHODS:
+        if name != ADVISED:
+            check_same_flags([f"{place.own}/{name}" for place in places(args)])
     results = {variant: {"signs": [], "limits": [], "policies": {}, "curves": {}} for variant in VARIANTS}
     for _, variant, _, folder, cost in places(args):
         own, logged = results[variant], read_metrics(f"{cost}/cost_model")
         given = statistics.mean(row["sign_accuracy"] for row in logged[-50:])
         own["signs"].append({"true": logged[-1]["eval_sign_accuracy"], "given": given})
-        own["limits"].append(limits[folder])
+        own["limits"].append(read_json(f"{folder}/{ADVISED}/args.json")["threshold"])
         for name, row in numbers(f"{folder}/evaluation").items():
             own["policies"].setdefault(name, []).append(row)
         for name in METHODS:
@@ -182,11 +192,10 @@ def figure(results: dict, window: int = 15):
 
 def main(args):
     started = time.monotonic()
-    claim(args)
+    claim(args, METHODS, "noise_settings")
     run_jobs(model_jobs(args), args.jobs)
-    limits = advised_limits(args)
-    run_jobs(policy_jobs(args, limits), args.jobs)
-    results = collect(args, limits)
+    run_jobs(policy_jobs(args, advised_limits(args)), args.jobs)
+    results = collect(args)
     write_json(f"{args.output_dir}/noise.json", results)
     save(figure(results), os.path.join(args.output_dir, "noise"))
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")

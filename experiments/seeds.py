@@ -1,16 +1,17 @@
-"""How sure is one of the difference? Safe RLHF and RePO on the balanced mix, over twenty seeds.
+"""How firm is the difference? Safe RLHF and RePO on the balanced mix, over twenty seeds.
 
-    python -m experiments.seeds               # goes on in runs/study: its five seeds are not run again
-    python -m experiments.seeds --seeds 5     # what `make study` has
+    python -m experiments.seeds               # goes on in runs/study: its five seeds are not trained again
+    python -m experiments.seeds --seeds 5     # the pairs of `make study`
 
 Both algorithms of a seed share its world, SFT policy and score models, so seeds are compared in pairs. The
 bootstrap (Efron 1979) draws as many pairs as there are, with replacement, and does so DRAWS times:
 
     safer        mean unsafe rate of RePO - that of Safe RLHF        < 0
-    as helpful   mean benign reward of RePO / that of Safe RLHF      >= 95%
+    as helpful   mean benign reward of RePO / that of Safe RLHF      >= 0.95
 
-The middle 95% of what the draws give is the interval, the share of the draws in which the claim holds is
-how sure one is. Writes seeds.json, prints a table and draws the pairs.
+The middle 95% of what the draws give is the interval (too narrow where seeds are few). With it stands the
+share of draws, and of seeds, in which the claim holds; once for all seeds, once without those on which the
+default flags were chosen. Writes seeds.json, prints a table and draws the pairs.
 """
 
 import os
@@ -19,11 +20,21 @@ import statistics
 import time
 
 import runs
-from experiments.study import METHODS, claim, markdown, numbers, run_jobs, study_jobs, study_parser
+from experiments.study import (
+    METHODS,
+    check_same_flags,
+    claim,
+    markdown,
+    numbers,
+    run_jobs,
+    study_jobs,
+    study_parser,
+)
 from files import write_json
 from plots import OWN, panels, pretty, save
 
 DRAWS = 10_000
+CHOSEN_ON = 2  # the default flags were chosen on seeds 0 and 1
 MIX, PAIR = "balanced", ("safe_rlhf", "repo")
 COLUMNS = (  # heading, name, scale, digits
     ("truly unsafe, %", "true_unsafe_rate", 100, 1),
@@ -61,7 +72,7 @@ def interval(drawn: list[float]) -> tuple[float, float]:
 
 
 def compare(results: dict) -> dict:
-    """Both claims: the estimate, its interval, and how sure one is."""
+    """Both claims: the estimate, its interval, and the shares of draws and seeds in which it holds."""
     compared = {}
     for name, key, statistic, holds in (
         ("safer", "true_unsafe_rate", difference, lambda value: value < 0),
@@ -72,8 +83,8 @@ def compare(results: dict) -> dict:
         compared[name] = {
             "estimate": statistic(pairs),
             "interval": interval(drawn),
-            "sure": statistics.fmean(map(holds, drawn)),
-            "seeds": sum(holds(statistic([pair])) for pair in pairs),
+            "draws": statistics.fmean(map(holds, drawn)),
+            "seeds": statistics.fmean(holds(statistic([pair])) for pair in pairs),
         }
     return compared
 
@@ -100,21 +111,33 @@ def figure(results: dict):
     return figure
 
 
+def pair_jobs(args) -> list[dict]:
+    return study_jobs(args, (MIX,), {name: METHODS[name] for name in PAIR}, "evaluation_pair")
+
+
 def main(args):
     started = time.monotonic()
     claim(args)
-    run_jobs(study_jobs(args, (MIX,), {name: METHODS[name] for name in PAIR}), args.jobs)
-    seeds = [numbers(f"{args.output_dir}/seed{seed}/{MIX}/evaluation") for seed in range(args.seeds)]
+    run_jobs(pair_jobs(args), args.jobs)
+    folders = [f"{args.output_dir}/seed{seed}/{MIX}" for seed in range(args.seeds)]
+    for name in PAIR:
+        check_same_flags([f"{folder}/{name}" for folder in folders])
+    seeds = [numbers(f"{folder}/evaluation_pair") for folder in folders]
     results = {name: [seed[name] for seed in seeds] for name in ("sft", *PAIR)}
-    compared = compare(results)
+    compared = {"all seeds": compare(results)}
+    if args.seeds > CHOSEN_ON:
+        later = {name: rows[CHOSEN_ON:] for name, rows in results.items()}
+        compared[f"seeds {CHOSEN_ON} to {args.seeds - 1}"] = compare(later)
     write_json(f"{args.output_dir}/seeds.json", {"results": results, "compared": compared})
     save(figure(results), os.path.join(args.output_dir, "seeds"))
     print(f"{(time.monotonic() - started) / 60:.1f} minutes\n")
     print(markdown(results, COLUMNS, by_seed=True))
-    for name, row in compared.items():
-        low, high = (100 * value for value in row["interval"])
-        print(f"\n{name}: {100 * row['estimate']:.1f}% [{low:.1f}, {high:.1f}], sure to ", end="")
-        print(f"{100 * row['sure']:.1f}%, true of {row['seeds']} of {args.seeds} seeds")
+    print("\n| | | estimate | 95% interval | draws, % | seeds, % |\n|---|---|---:|---:|---:|---:|")
+    for which, claims in compared.items():
+        for name, row in claims.items():
+            low, high = (f"{value:.3f}" for value in row["interval"])
+            shares = f"{100 * row['draws']:.1f} | {100 * row['seeds']:.0f}"
+            print(f"| {which} | {name} | {row['estimate']:.3f} | {low} to {high} | {shares} |")
 
 
 if __name__ == "__main__":

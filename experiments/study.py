@@ -126,7 +126,8 @@ def evaluation_jobs(output, policies: dict, scored: list, data: str, mix: str, s
     ]
 
 
-def study_jobs(args, mixes=tuple(MIXES), methods: dict = METHODS) -> list[dict]:
+def study_jobs(args, mixes=tuple(MIXES), methods: dict = METHODS, evaluation="evaluation") -> list[dict]:
+    """`evaluation` is the name of its folder: another one for other methods."""
     jobs = []
     for seed in range(args.seeds):
         folder = f"{args.output_dir}/seed{seed}"
@@ -138,7 +139,7 @@ def study_jobs(args, mixes=tuple(MIXES), methods: dict = METHODS) -> list[dict]:
                 for name, (script, *flags) in methods.items()
             ]
             policies = {"sft": sft} | {name: f"{folder}/{mix}/{name}/model" for name in methods}
-            output = f"{folder}/{mix}/evaluation"
+            output = f"{folder}/{mix}/{evaluation}"
             jobs += evaluation_jobs(output, policies, scores(folder), data, mix, seed, args)
     return jobs
 
@@ -223,6 +224,9 @@ def numbers(evaluation: str) -> dict[str, dict]:
 
 def collect(args) -> dict:
     """Everything that tables and figures show: per mix and policy a list over the seeds."""
+    for mix in MIXES:
+        for name in METHODS:
+            check_same_flags([f"{args.output_dir}/seed{seed}/{mix}/{name}" for seed in range(args.seeds)])
     study: dict = {"seeds": args.seeds, "steps": args.steps, "score_models": []}
     study |= {"results": {}, "curves": {}, "sft_costs": {}}
     for seed in range(args.seeds):
@@ -311,17 +315,40 @@ def print_tables(args) -> None:
         print(f"\n**iterated rounds**\n\n{markdown(read_json(rounds))}")
 
 
-def claim(args) -> None:
-    """Mark the folder as one of runs with these settings; one of other runs is refused."""
-    path = f"{args.output_dir}/settings.json"
-    settings = json.loads(
-        json.dumps({"steps": args.steps, "samples": args.samples, "methods": METHODS, "kept": KEPT})
-    )
+def claim(args, methods: dict = METHODS, name: str = "settings") -> None:
+    """Take the folder for this process, and mark it as one of runs with these settings. Raises RunError if
+    another process works in it, or if its runs are others."""
+    import filelock
+
+    os.makedirs(args.output_dir, exist_ok=True)
+    _locks.append(filelock.FileLock(f"{args.output_dir}/.lock"))
+    try:
+        _locks[-1].acquire(timeout=0)
+    except filelock.Timeout:
+        raise RunError(f"another study works in {args.output_dir}; wait for its end") from None
+    path = f"{args.output_dir}/{name}.json"
+    settings = {"steps": args.steps, "samples": args.samples, "methods": methods, "kept": KEPT}
+    settings = json.loads(json.dumps(settings))
     if os.path.exists(path) and read_json(path) != settings:
         raise RunError(
             f"{args.output_dir} holds runs with other settings ({path}); take another --output-dir"
         )
     write_json(path, settings)
+
+
+_locks: list = []  # held until the process ends
+
+
+def check_same_flags(folders: list[str]) -> None:
+    """Raise RunError if runs of one method, a seed each, differ in a number: their defaults have changed."""
+    first, *others = (
+        {k: v for k, v in read_json(f"{f}/args.json").items() if isinstance(v, int | float) and k != "seed"}
+        for f in folders
+    )
+    for other, flags in zip(folders[1:], others):
+        if changed := sorted(k for k in flags.keys() | first.keys() if flags.get(k) != first.get(k)):
+            told = f"{other} and {folders[0]} were run with another --{changed[0].replace('_', '-')}"
+            raise RunError(f"{told}; take another --output-dir")
 
 
 def main(args):

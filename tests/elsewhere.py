@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE = torch.device("lazy", 0)
-# where an index, or the other side of a copy, may be on the CPU
-MIXING = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # an index may be on the CPU
 
 
 class There(Tensor):
@@ -47,7 +46,9 @@ def compute(func, args: tuple, kwargs: dict):
     first_there = bool(tensors) and isinstance(tensors[0], There)
     name = func.overloadpacket.__name__
     mixed = any_there and any(x.dim() and not isinstance(x, There) for x in tensors)
-    if mixed and not (name in MIXING and (first_there or "copy" in name)):
+    if name in INDEXING and first_there:
+        mixed = len(args) > 2 and not isinstance(args[2], There) and args[2].dim()  # the values put there
+    if mixed and name != "copy_":
         raise RuntimeError(f"{func}: expected all tensors to be on the same device")
     wrapped = first_there if name == "copy_" else any_there
     if kwargs.get("device") is not None:
@@ -104,9 +105,14 @@ def everything_there() -> None:
 
     distributed.device = lambda: DEVICE
     nn.Module.to = to
-    adamw, autocast = torch.optim.AdamW.__init__, torch.autocast.__init__
+    init_adamw, autocast = torch.optim.AdamW.__init__, torch.autocast.__init__
+
+    def adamw(self, groups, fused, **rest):
+        assert all(isinstance(p, There) for group in groups for p in group["params"])
+        init_adamw(self, groups, **rest)
+
     # neither knows this device: the fused AdamW, and autocast, which float32 runs only switch off
-    torch.optim.AdamW.__init__ = lambda self, *args, fused, **rest: adamw(self, *args, **rest)
+    torch.optim.AdamW.__init__ = adamw
     torch.autocast.__init__ = lambda self, where, *args, **rest: autocast(self, "cpu", *args, **rest)
     Factories().__enter__()
     Python().__enter__()

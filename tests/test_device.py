@@ -26,6 +26,7 @@ def refusals() -> None:
         lambda: torch.nn.functional.linear(there, here[None]),
         lambda: here[torch.zeros(1, dtype=torch.long, device=DEVICE)],
         lambda: torch.rand(2, generator=generator, device=DEVICE),
+        lambda: there.__setitem__(torch.tensor([0, 1]), here),
     ):
         with pytest.raises(RuntimeError, match="expected a"):
             mixture()
@@ -42,6 +43,7 @@ FEW = ("--batch-size", "16", "--micro-batch-size", "4")
 PPO = (*FEW, "--minibatch-size", "8", "--sample-every", "1", "--save-every", "2")
 RUNS = {  # name -> script, flags; a run that is called "resumed" goes on with the one before it
     "sft": ("sft.py", *FEW, "--steps", "2"),
+    "reward_model": ("reward_model.py", *FEW, "--steps", "2", "--eval-dataset", ""),
     "cost_model": ("cost_model.py", *FEW, "--steps", "2", "--eval-dataset", ""),
     "safe_rlhf": ("safe_rlhf_ppo.py", *PPO, "--steps", "2"),
     "safe_rlhf resumed": ("safe_rlhf_ppo.py", *PPO, "--steps", "3", "--resume"),

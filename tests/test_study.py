@@ -13,6 +13,7 @@ import pytest
 from conftest import ENVIRONMENT, ROOT
 
 from experiments import adapter_study, noise, seeds, study
+from files import write_json
 from runs import RunError
 
 STUDY = "experiments/study.py"
@@ -25,9 +26,7 @@ def arguments(**changes) -> argparse.Namespace:
 JOBS = {"study": study.study_jobs(arguments()), "rounds": study.rounds_jobs(arguments())}
 LIMITS = {place.own: -1.234 for place in noise.places(arguments())}
 JOBS["noise"] = noise.model_jobs(arguments()) + noise.policy_jobs(arguments(), LIMITS)
-JOBS["seeds"] = study.study_jobs(
-    arguments(), (seeds.MIX,), {name: study.METHODS[name] for name in seeds.PAIR}
-)
+JOBS["seeds"] = seeds.pair_jobs(arguments())
 JOBS["adapters"] = adapter_study.adapter_jobs(arguments(ranks=[4, 8]))
 
 
@@ -43,6 +42,19 @@ def test_every_command_finds_what_it_needs(jobs):
         declared = (ROOT / script).read_text() + (ROOT / "runs.py").read_text()
         for flag in job["command"][2:]:
             assert not flag.startswith("--") or f'"{flag}"' in declared, flag
+
+
+def test_studies_that_share_a_folder_make_the_same_files_alike():
+    shared = {}
+    for name in ("study", "noise", "seeds"):
+        for job in JOBS[name]:
+            assert shared.setdefault(job["makes"], job["command"]) == job["command"]
+    assert len(shared) < sum(len(JOBS[name]) for name in ("study", "noise", "seeds"))
+
+
+def test_the_advised_limit_is_what_is_run():
+    commands = [" ".join(job["command"]) for job in JOBS["noise"]]
+    assert sum("--threshold -1.23 " in command for command in commands) == 2 * len(noise.VARIANTS)
 
 
 def test_all_baselines_of_the_papers_are_there_with_the_same_start_data_and_seed():
@@ -138,6 +150,24 @@ def test_other_settings_are_not_mixed_in(tmp_path):
         study.main(study.parse_args(["run", "--output-dir", str(tmp_path)]))
 
 
+def test_runs_of_other_defaults_are_not_mixed_in(tmp_path):
+    for seed, rate in enumerate((0.01, 0.01, 0.03)):
+        write_json(f"{tmp_path}/{seed}/args.json", {"seed": seed, "model": str(seed), "kl_coeff": rate})
+    study.check_same_flags([f"{tmp_path}/0", f"{tmp_path}/1"])
+    with pytest.raises(RunError, match="2 and .*0 were run with another --kl-coeff"):
+        study.check_same_flags([f"{tmp_path}/{seed}" for seed in range(3)])
+
+
+def test_a_second_study_in_a_folder_is_refused(tmp_path):
+    args = study.parse_args(["run", "--output-dir", str(tmp_path)])
+    study.claim(args)
+    try:
+        with pytest.raises(RunError, match="another study works in"):
+            study.claim(args)
+    finally:
+        study._locks.pop(0).release()
+
+
 def test_tables_of_nothing_and_of_a_broken_file_are_one_clear_line(tmp_path, run_in):
     tables = ("tables", "--output-dir", tmp_path)
     assert "neither study.json nor rounds.json" in run_in(tmp_path, STUDY, *tables)[1]
@@ -172,16 +202,16 @@ def test_the_bootstrap_resamples_pairs():
     assert seeds.ratio([(2, 1), (6, 5)]) == 6 / 8
 
 
-def test_how_sure_one_is_of_both_claims():
+def test_how_often_both_claims_hold():
     """Of two seeds RePO is safer in both, and as helpful (at least 95%) in one: 3.8 of 4; 3.0 of 4."""
     rows = [(0.5, 4.0), (0.4, 4.0)], [(0.01, 3.8), (0.02, 3.0)]
     names = ("true_unsafe_rate", "benign_reward")
     safe, repo = ([dict(zip(names, row)) for row in seed] for seed in rows)
     compared = seeds.compare({"sft": safe, "safe_rlhf": safe, "repo": repo})
     safer, helpful = compared["safer"], compared["as_helpful"]
-    assert safer["estimate"] == pytest.approx(-0.435) and safer["sure"] == 1 and safer["seeds"] == 2
+    assert safer["estimate"] == pytest.approx(-0.435) and safer["draws"] == 1 and safer["seeds"] == 1
     assert safer["interval"] == pytest.approx((-0.49, -0.38))
-    assert helpful["estimate"] == pytest.approx(6.8 / 8) and helpful["seeds"] == 1
-    assert helpful["sure"] == pytest.approx(0.25, abs=0.02)  # both draws are the first seed
+    assert helpful["estimate"] == pytest.approx(6.8 / 8) and helpful["seeds"] == 0.5
+    assert helpful["draws"] == pytest.approx(0.25, abs=0.02)  # both draws are the first seed
     figure = seeds.figure({"sft": safe, "safe_rlhf": safe, "repo": repo})
     assert [len(ax.collections) for ax in figure.axes] == [2, 2]

@@ -10,6 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 import repo_ppo
 import safe_rlhf_ppo as ppo
 from cost_model import batch_loss as cost_batch_loss
+from distributed import clip_gradients
+from files import InputError
 from models import ScoreModel, response_mask
 from reward_model import batch_loss as reward_batch_loss
 
@@ -153,3 +155,14 @@ def test_score_model_batches_do_not_depend_on_their_order_or_padding():
             whole = batch_loss(model, pairs, 0, args)[0]
             alone = sum(batch_loss(model, pairs[i : i + 1], 0, args)[0] for i in (2, 0, 1)) / 3
             torch.testing.assert_close(whole, alone, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_named_and_the_others_are_as_they_were(bad):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model[1].weight.grad[0, 0] = bad
+    with pytest.raises(InputError, match="not finite; the first that is not is 1.weight"):
+        clip_gradients(model, 1.0)
+    assert model[0].weight.grad.eq(1).all()
