@@ -75,7 +75,7 @@ def parse_args(argv=None):
     flag("--ppo-epochs", type=count, default=1, help="passes over a rollout")
     # PPO
     flag("--lr", type=nonnegative, default=4e-3, help="policy learning rate, cosine to zero")
-    flag("--critic-lr", type=nonnegative, default=2e-3, help="learning rate of both critics, constant")
+    flag("--critic-lr", type=nonnegative, default=4e-3, help="learning rate of both critics, constant")
     flag("--warmup-ratio", type=fraction, default=0.1, help="share of steps with a rising learning rate")
     flag("--weight-decay", type=nonnegative, default=0.01, help="decoupled; the critics have none")
     flag("--grad-clip", type=positive, default=1.0, help="largest gradient norm")
@@ -84,7 +84,7 @@ def parse_args(argv=None):
     flag("--clip", type=positive, default=0.2, help="PPO's ratio clip")
     flag("--value-clip", type=positive, default=5.0, help="clip of a value's move within one rollout")
     flag("--score-clip", type=positive, default=50.0, help="clip of the per-token reward and cost")
-    flag("--kl-coeff", type=nonnegative, default=0.01, help="beta, weight of the KL term")
+    flag("--kl-coeff", type=nonnegative, default=0.03, help="beta, weight of the KL term")
     flag("--ptx-coeff", type=nonnegative, default=0.2, help="weight of the PTX loss")
     # constraint
     flag("--threshold", type=finite, default=0.0, help="d, the limit of the cost")
