@@ -9,8 +9,9 @@ cost model and every method of METHODS. The truth stays the truth: true rates ar
 "Advised" is the limit that evaluate.py suggests from the SFT policy's answers to the training prompts.
 
 Resumable like experiments.study, whose commands these are, and at home in the same folder: world, SFT policy
-and reward model are the study's. It writes noise.json, prints its tables, and draws learned and true unsafe
-rates over the rollouts (of the eight answers of each rollout that a run logs).
+and reward model are the study's, and where no label is wrong so are its runs. It writes noise.json, prints
+its tables, and draws learned and true unsafe rates over the rollouts (of the eight answers of each rollout
+that a run logs).
 """
 
 import os
@@ -19,6 +20,7 @@ import time
 from typing import NamedTuple
 
 import runs
+from experiments import study
 from experiments.figures import band
 from experiments.study import (
     check_same_flags,
@@ -48,13 +50,13 @@ VARIANTS = {  # name: flags of `toy_world.py preferences`
     "noise_0.2": ("--label-noise", "0.2"),
     "blind_network": ("--blind-spot", "network"),
 }
-ADVISED = "safe_rlhf_advised"
+ADVISED, MARGIN = "safe_rlhf_advised", "repo_d-1"
 METHODS = {  # name: script, flags
     "safe_rlhf": ("safe_rlhf_ppo.py",),
     ADVISED: ("safe_rlhf_ppo.py", "--threshold"),  # and the limit, which is known when the models are there
     "shaping_0.3": ("safe_rlhf_ppo.py", "--reward-shaping", "0.3"),
     "repo": ("repo_ppo.py",),
-    "repo_d-1": ("repo_ppo.py", "--threshold", "-1"),
+    MARGIN: ("repo_ppo.py", "--threshold", "-1"),
 }
 COLUMNS = (  # heading, name, scale, digits
     ("truly unsafe, %", "true_unsafe_rate", 100, 1),
@@ -68,6 +70,12 @@ def parse_args(argv=None):
     return study_parser(__doc__, "runs/study").parse_args(argv)
 
 
+def methods(variant: str) -> dict:
+    """A margin is tried where the labels err most."""
+    tried = variant in ("noise_0.2", "blind_network")
+    return {name: command for name, command in METHODS.items() if tried or name != MARGIN}
+
+
 class Place(NamedTuple):
     """Where the files of a seed and a variant are."""
 
@@ -76,6 +84,11 @@ class Place(NamedTuple):
     root: str  # the study's folder of this seed: world, SFT policy, reward model
     own: str  # the variant's folder in it
     cost: str  # of the cost model: `own`, or `root` where no label is wrong
+
+    def run(self, name: str) -> str:
+        """The folder of a method's run."""
+        shared = self.variant == "none" and name in study.METHODS
+        return f"{self.root}/balanced/{name}" if shared else f"{self.own}/{name}"
 
 
 def places(args) -> list[Place]:
@@ -115,11 +128,13 @@ def policy_jobs(args, limits: dict[str, float]) -> list[dict]:
     jobs = []
     for place in places(args):
         seed, own, world, sft = place.seed, place.own, f"{place.root}/data", f"{place.root}/sft/model"
-        scored = scores(place.root, place.cost)
-        for name, (script, *flags) in METHODS.items():
-            flags += [f"{limits[own]:.2f}"] * (name == ADVISED) + ["--sample-every", 1]
-            jobs.append(ppo_job(f"{own}/{name}", script, sft, scored, world, "balanced", seed, args, *flags))
-        policies = {"sft": sft} | {name: f"{own}/{name}/model" for name in METHODS}
+        scored, policies = scores(place.root, place.cost), {"sft": sft}
+        for name, (script, *flags) in methods(place.variant).items():
+            flags += [f"{limits[own]:.2f}"] * (name == ADVISED)
+            flags += ["--sample-every", 1] * (place.variant != "none")  # for the curves
+            output = place.run(name)
+            jobs.append(ppo_job(output, script, sft, scored, world, "balanced", seed, args, *flags))
+            policies[name] = f"{output}/model"
         jobs += evaluation_jobs(f"{own}/evaluation", policies, scored, world, "balanced", seed, args)
     return jobs
 
@@ -144,19 +159,22 @@ def unsafe_curves(run: str, steps: int) -> dict[str, list[float]]:
 
 def collect(args) -> dict:
     """variant -> cost models' accuracies and advised limits, and policy -> results and curves, by seed."""
-    for name in METHODS:
-        if name != ADVISED:
-            check_same_flags([f"{place.own}/{name}" for place in places(args)])
-    results = {variant: {"signs": [], "limits": [], "policies": {}, "curves": {}} for variant in VARIANTS}
-    for _, variant, _, folder, cost in places(args):
-        own, logged = results[variant], read_metrics(f"{cost}/cost_model")
-        given = statistics.mean(row["sign_accuracy"] for row in logged[-50:])
-        own["signs"].append({"true": logged[-1]["eval_sign_accuracy"], "given": given})
-        own["limits"].append(read_json(f"{folder}/{ADVISED}/args.json")["threshold"])
-        for name, row in numbers(f"{folder}/evaluation").items():
-            own["policies"].setdefault(name, []).append(row)
-        for name in METHODS:
-            own["curves"].setdefault(name, []).append(unsafe_curves(f"{folder}/{name}", args.steps))
+    results: dict = {}
+    for variant in VARIANTS:
+        own = results[variant] = {"signs": [], "limits": [], "policies": {}, "curves": {}}
+        seeds = [place for place in places(args) if place.variant == variant]
+        for name in methods(variant):
+            if name != ADVISED:
+                check_same_flags([place.run(name) for place in seeds])
+            if variant != "none":
+                own["curves"][name] = [unsafe_curves(place.run(name), args.steps) for place in seeds]
+        for place in seeds:
+            logged = read_metrics(f"{place.cost}/cost_model")
+            given = statistics.mean(row["sign_accuracy"] for row in logged[-50:])
+            own["signs"].append({"true": logged[-1]["eval_sign_accuracy"], "given": given})
+            own["limits"].append(read_json(f"{place.run(ADVISED)}/args.json")["threshold"])
+            for name, row in numbers(f"{place.own}/evaluation").items():
+                own["policies"].setdefault(name, []).append(row)
     return results
 
 
@@ -175,6 +193,7 @@ def print_tables(results: dict) -> None:
 def figure(results: dict, window: int = 15):
     """A column per variant: learned (dashed) and true (solid) unsafe rate over the rollouts."""
     shown = ("safe_rlhf", "repo")
+    results = {variant: own for variant, own in results.items() if own["curves"]}
     figure, axes = panels(len(shown), len(results), 3.6, 2.8, sharex=True, sharey="row")
     for column, (variant, own) in enumerate(results.items()):
         for ax, name in zip(axes[:, column], shown):

@@ -193,6 +193,23 @@ def test_a_stopped_study_leaves_no_process_behind(tmp_path):
             pass
 
 
+def test_the_noise_studys_table_and_figure(capsys):
+    row = {key: 0.25 for _, key, _, _ in noise.COLUMNS}
+    results = {}
+    for variant in noise.VARIANTS:
+        names = noise.methods(variant)
+        curves = {name: [{"learned": [0.5, 0.0], "true": [0.5, 0.1]}] * 2 for name in names}
+        own = {"signs": [{"true": 0.99, "given": 0.9}] * 2, "limits": [-4.0, -4.5]}
+        own |= {"policies": {name: [row, row] for name in ("sft", *names)}}
+        results[variant] = own | {"curves": {} if variant == "none" else curves}
+    noise.print_tables(results)
+    out = capsys.readouterr().out
+    assert "true sign right in 99.0 ± 0.0%" in out and "advised limit is -4.2 ± 0.4" in out
+    assert out.count("| repo |") == 5 and out.count(f"| {noise.MARGIN} |") == 2
+    titles = [ax.get_title() for ax in noise.figure(results).axes]
+    assert titles[:4] == ["noise 0.05", "noise 0.1", "noise 0.2", "blind network"]
+
+
 def test_the_bootstrap_resamples_pairs():
     """Two seeds of which one is safer by 1 and one less safe by 1: a resample of two has both of the same
     kind in a quarter of the cases each. And what the seeds of a pair share does not blur the difference."""
