@@ -12,8 +12,11 @@ and reference, a critic and the score model that it started from. Each pair is o
 
 A policy that goes on with a saved adapter (--adapter) keeps a copy of it: that one is its start.
 
-Left out: dropout before A, trained biases, adapters of embeddings, of output layers and of fused experts, and
-quantized frozen weights (torch's own int8 product has no backward pass).
+The layers are those of the transformer blocks and, with --lora-output, a language model's output layer. Where
+that one shares its weight with the embeddings, only the output changes, and the merged model has two weights.
+
+Left out: dropout before A, trained biases, adapters of embeddings and of fused experts, and quantized frozen
+weights (torch's own int8 product has no backward pass).
 """
 
 import os
@@ -113,12 +116,22 @@ def linear_layers(model: nn.Module, wanted: list[str] | None) -> dict[str, nn.Mo
     return {name: module for name, module in linear.items() if not wanted or f".{name}".endswith(ends)}
 
 
+def output_layer(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> output layer of a language model; of a score model: {}."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(output) not in (nn.Linear, type(None)):
+        raise InputError(f"--lora-output: the output layer is a {type(output).__name__}, not a linear one")
+    return {name: module for name, module in model.named_modules() if module is output}
+
+
 def adapt(model: nn.Module, args, start: str | None = None) -> nn.Module:
     """Freeze a model and give it adapters by --lora-rank (0: leave it as it is), new ones or those in the
     folder `start`. Raises InputError for a rank above a layer's width, or an adapter that does not fit."""
     if not args.lora_rank:
         return model
     layers = linear_layers(model.requires_grad_(False), args.lora_targets)
+    if getattr(args, "lora_output", False):  # the scripts of score models do not have the flag
+        layers |= output_layer(model)
     generator = torch.Generator().manual_seed(torch.initial_seed())  # the same on every rank
     for name, layer in layers.items():
         if args.lora_rank > min(layer.weight.shape):
@@ -233,7 +246,7 @@ def load_adapter(model: nn.Module, folder: str, args) -> None:
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if wrong := sorted(name for name, _ in fitting.items() ^ found.items()):
         told = f"{wrong[0]} is missing, superfluous or of another shape"
-        raise InputError(f"{path}: an adapter for another model, or for other --lora-targets ({told})")
+        raise InputError(f"{path}: an adapter for another model, or of other layers ({told})")
     if other := {tensor.dtype for tensor in tensors.values()} - {*WEIGHTS}:
         raise InputError(
             f"{path}: its weights are {other.pop()}, and {', '.join(map(str, WEIGHTS))} are read"
@@ -257,6 +270,9 @@ def saver(args, save):
     def save_both(model: nn.Module, state: dict[str, Tensor], folder: str) -> None:
         save_adapter(args, model, state)
         model.config.dtype = torch.float32
+        if getattr(args, "lora_output", False):
+            for config in (model.config, model.config.get_text_config()):
+                config.tie_word_embeddings = False
         save(model, merged(model, state), folder)
 
     return save_both if args.lora_rank else save

@@ -189,14 +189,15 @@ def check_flags(args, ranks: int) -> None:
         raise RunError(
             "--offload-frozen finds nothing to move: with --lora-rank frozen and trained models are one"
         )
+    for name in ("targets", "output"):
+        if getattr(args, f"lora_{name}", None) and not args.lora_rank:
+            raise RunError(f"--lora-{name} says where adapters go: give their rank by --lora-rank")
     if getattr(args, "adapter", None) and not args.lora_rank:
         raise RunError("--adapter goes on with a saved adapter: give its rank by --lora-rank")
     adapter = getattr(args, "adapter", None)
     if adapter and os.path.realpath(args.model) == os.path.realpath(f"{adapter}/../model"):
         told = f"--model {args.model} has --adapter {adapter} merged into it"
         raise RunError(f"{told}: give the model that the adapter was trained on")
-    if getattr(args, "lora_targets", None) and not args.lora_rank:
-        raise RunError("--lora-targets says where adapters go: give their rank by --lora-rank")
     if getattr(args, "from_config", False) and args.lora_rank:
         raise RunError("--from-config draws weights that nobody has: train all of them, without --lora-rank")
     if getattr(args, "max_new_tokens", None) and args.max_length and args.max_new_tokens >= args.max_length:

@@ -52,6 +52,7 @@ def parse_args(argv=None):
     flag("--weight-decay", type=nonnegative, default=0.01, help="decoupled weight decay")
     flag("--warmup-ratio", type=fraction, default=0.03, help="share of steps with a rising learning rate")
     flag("--grad-clip", type=positive, default=1.0, help="largest gradient norm")
+    flag("--lora-output", action="store_true", help="with --lora-rank: adapters of the output layer, too")
     runs.add_run_flags(parser, "runs/demo/sft")
     args = runs.parse(parser, argv)
     args.from_config = args.from_config or isinstance(args.model, Demo)

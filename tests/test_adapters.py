@@ -164,7 +164,7 @@ def test_six_models_are_three_and_a_critic_of_another_start_is_apart(folder, mon
 
 
 LORA = "--lora-rank 4 --lora-alpha 8 --lr 1e-2".split()
-PPO = [*LORA, "--critic-lr", "1e-2"]
+PPO = [*LORA, "--lora-output", "--critic-lr", "1e-2"]
 
 
 @pytest.fixture(scope="module")
@@ -216,13 +216,14 @@ def sft(family: str, *flags: str) -> list[str]:
     return [*stage(family).split(), "--dataset", "data/sft.jsonl", *LORA, *flags]
 
 
-@pytest.fixture(scope="module", params=["gpt2", "qwen2"])
+@pytest.fixture(scope="module", params=["gpt2", "qwen2", "gpt2 --lora-output"])
 def tuned(request, folder):
-    """(family, the folder that sft.py wrote)"""
-    name = f"lora_{request.param}"
-    run = folder / "runs" / name
-    finish(Started(folder, "sft.py", *sft(request.param, "--output-dir", str(run))))
-    return request.param, run
+    """(family, the folder that sft.py wrote, the flags that say where adapters go). GPT-2's output layer has
+    the weight of its embeddings."""
+    family, *flags = request.param.split()
+    run = folder / "runs" / f"lora_{family}{len(flags)}"
+    finish(Started(folder, "sft.py", *sft(family, "--output-dir", str(run), *flags)))
+    return family, run, flags
 
 
 @torch.no_grad()
@@ -231,8 +232,8 @@ def logits(model) -> torch.Tensor:
 
 
 def test_base_and_adapter_are_the_merged_model_and_go_on_from_there(folder, tuned, run_in):
-    family, run = tuned
-    args = argparse.Namespace(lora_rank=4, lora_alpha=8.0, lora_targets=None)
+    family, run, where = tuned
+    args = argparse.Namespace(lora_rank=4, lora_alpha=8.0, lora_targets=None, lora_output=bool(where))
     base = load_causal_lm(str(folder / "start" / family / "policy"))
     start, whole = logits(base), AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     policy = adapt(base, args, str(run / "adapter"))
@@ -243,7 +244,9 @@ def test_base_and_adapter_are_the_merged_model_and_go_on_from_there(folder, tune
     moved(policy)
     torch.testing.assert_close(logits(reference), logits(whole), atol=1e-5, rtol=1e-5)
     assert (logits(policy) - logits(whole)).abs().max() > 1e-2
-    flags = ("--adapter", str(run / "adapter"), "--output-dir", f"{run}_again")
+    embeddings = (model.get_input_embeddings().weight for model in (base, whole))
+    assert torch.equal(*embeddings)  # also where the output layer had the same weight
+    flags = ("--adapter", str(run / "adapter"), "--output-dir", f"{run}_again", *where)
     assert run_in(folder, "sft.py", *sft(family, *flags))[0] == 0
     first, second = (read_jsonl(f"{path}/metrics.jsonl") for path in (run, f"{run}_again"))
     assert second[0]["loss"] < first[0]["loss"]  # the same batch, after two steps
@@ -252,8 +255,9 @@ def test_base_and_adapter_are_the_merged_model_and_go_on_from_there(folder, tune
 
 
 def test_the_adapter_has_the_names_and_shapes_of_peft(tuned):
-    family, run = tuned
+    family, run, where = tuned
     config, tensors = read_json(run / "adapter/adapter_config.json"), load_file(run / "adapter" / WEIGHTS)
+    assert ("lm_head" in config["target_modules"]) == bool(where)
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8)
     layer, target, shape = {
         "gpt2": ("transformer.h.1.attn.c_attn", "c_attn", (4, 64, 192)),
@@ -267,30 +271,35 @@ def test_the_adapter_has_the_names_and_shapes_of_peft(tuned):
 
 def test_the_files_mean_in_peft_s_way_what_model_is(folder, tuned):
     """W + (lora_alpha / r) lora_B lora_A, transposed with fan_in_fan_out, of the layer so named."""
-    family, run = tuned
+    family, run, _ = tuned
     config, tensors = read_json(run / "adapter/adapter_config.json"), load_file(run / "adapter" / WEIGHTS)
     model = load_causal_lm(str(folder / "start" / family / "policy"))
+    output = model.get_output_embeddings()  # the term is its own, whatever else has its weight
+    output.weight = nn.Parameter(output.weight.detach().clone())
     for name in tensors:
         if name.endswith(".lora_A.weight"):
             layer = name.removesuffix(".lora_A.weight")
             term = tensors[f"{layer}.lora_B.weight"] @ tensors[name] * config["lora_alpha"] / config["r"]
-            weight = model.get_submodule(layer.removeprefix("base_model.model.")).weight
-            weight.data += term.T if config["fan_in_fan_out"] else term
+            module = model.get_submodule(layer.removeprefix("base_model.model."))
+            # PEFT, too, sees by a layer's class that it is not transposed
+            transposed = config["fan_in_fan_out"] and not isinstance(module, nn.Linear)
+            module.weight.data += term.T if transposed else term
     whole = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     torch.testing.assert_close(logits(model), logits(whole), atol=1e-5, rtol=1e-5)
 
 
 def test_peft_reads_ours_and_we_read_peft_s(folder, tuned, tmp_path):
     peft = pytest.importorskip("peft")
-    family, run = tuned
+    family, run, where = tuned
     start = str(folder / "start" / family / "policy")
     theirs = peft.PeftModel.from_pretrained(load_causal_lm(start), run / "adapter")
     whole = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     torch.testing.assert_close(logits(theirs), logits(whole), atol=1e-5, rtol=1e-5)
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM")
+    targets = read_json(run / "adapter/adapter_config.json")["target_modules"]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM")
     theirs = moved(peft.get_peft_model(load_causal_lm(start), config))
-    theirs.save_pretrained(tmp_path)
-    args = argparse.Namespace(lora_rank=3, lora_alpha=5.0, lora_targets=None)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)  # by default a copy beside the term
+    args = argparse.Namespace(lora_rank=3, lora_alpha=5.0, lora_targets=None, lora_output=bool(where))
     ours = adapt(load_causal_lm(start), args, str(tmp_path))
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
 
@@ -316,7 +325,7 @@ def test_safe_rlhf_trains_adapters_and_saves_both_folders(folder, run_in, tmp_pa
     flags = [*RUNS["safe_rlhf_ppo.py"].split(), *PPO, "--output-dir", tmp_path / "run"]
     assert run_in(folder, "safe_rlhf_ppo.py", *flags)[0] == 0
     start = str(folder / read_json(tmp_path / "run/args.json")["model"])
-    args = argparse.Namespace(lora_rank=4, lora_alpha=8.0, lora_targets=None)
+    args = argparse.Namespace(lora_rank=4, lora_alpha=8.0, lora_targets=None, lora_output=True)
     ours = adapt(load_causal_lm(start), args, str(tmp_path / "run/adapter"))
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32)
     torch.testing.assert_close(logits(ours), logits(whole), atol=1e-5, rtol=1e-5)
@@ -334,7 +343,9 @@ BAD = [
     ("--lora-rank 0", {}, "--adapter goes on with a saved adapter"),
     ("--from-config", {}, "--from-config draws weights that nobody has: train all of them, without --lora"),
     ("--lora-rank 8", {}, "give --lora-rank 4 --lora-alpha 8.0"),
-    ("--lora-targets q_proj", {}, "an adapter for another model, or for other --lora-targets"),
+    ("--lora-targets q_proj", {}, "an adapter for another model, or of other layers"),
+    ("--lora-output", {}, "of other layers (base_model.model.lm_head.lora_A.weight is missing"),
+    ("--lora-rank 0 --lora-output", {}, "--lora-output says where adapters go: give their rank"),
     ("--model start/gpt2/policy", {}, "an adapter for another model"),
     ("", {"r": 0}, "not a plain low-rank adapter: r 0"),
     ("", {"use_rslora": True}, "not a plain low-rank adapter: use_rslora"),

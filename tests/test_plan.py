@@ -101,23 +101,26 @@ def test_with_adapters_six_models_are_three_sets_of_weights(tmp_path):
     import plan_rehearsal
 
     # of a rank at which the adapters weigh
-    flags = [*plan_rehearsal.RECIPE, *"--lora-rank 256 --batch-size 4 --minibatch-size 4".split()]
+    flags = [*plan_rehearsal.RECIPE, *"--lora-rank 256 --lora-output --batch-size 4".split()]
+    flags += ["--minibatch-size", "4"]
     flags.remove("--fsdp")
     for name, predicted, tracked in plan_rehearsal.compare(plan_rehearsal.llama_7b(2), flags, 1):
         assert predicted == pytest.approx(tracked, rel=0.05), name
     folder = save(tmp_path, plan_rehearsal.llama_7b(2))
     own = f"--model {folder} --reward-model {folder} --cost-model {folder}".split()
-    # A and B of the seven linear layers of two blocks
-    adapters = 2 * 256 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    # A and B of the seven linear layers of two blocks, three times, and of the policy's output layer
+    adapters = 3 * 2 * 256 * (4 * 2 * 4096 + 3 * (4096 + 11008)) + 256 * (4096 + 32001)
     frozen = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 32001 * 4096
     for sharded, ranks in (([], 1), (["--fsdp"], 4)):
         args = plan_rehearsal.repo_ppo.parse_args([*own, *flags, *sharded])
         (_, rollout), *_ = plan.phases(args, ranks)[0]
-        assert rollout["weights"] == (2 * (3 * frozen + 32001 * 4096) + 4 * 3 * adapters) / ranks
-        assert rollout["optimizer"] == 8 * 3 * adapters / ranks
+        assert rollout["weights"] == (2 * (3 * frozen + 32001 * 4096) + 4 * adapters) / ranks
+        assert rollout["optimizer"] == 8 * adapters / ranks
     args = plan_rehearsal.repo_ppo.parse_args([*own, *flags, "--fsdp", "--cpu-offload"])
-    kept = 2 * (3 * frozen + 32001 * 4096) + 12 * 3 * adapters
-    assert plan.phases(args, 1)[1] == kept + 4 * (frozen + 32001 * 4096 + adapters)  # and, merged, the policy
+    kept = 2 * (3 * frozen + 32001 * 4096) + 12 * adapters
+    critics = 2 * 2 * 256 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    policy = frozen + 32001 * 4096 + adapters - critics
+    assert plan.phases(args, 1)[1] == kept + 4 * policy  # at last the merged one
 
 
 def test_the_advice_makes_it_fit_and_needs_no_weights(tmp_path, capsys):

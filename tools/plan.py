@@ -36,6 +36,7 @@ from models import PIECE, load_config, position_ids, reading_part
 from runs import count, positive
 
 GIB = 1 << 30
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "lora_output")
 COLUMNS = ("weights", "optimizer", "gradients", "gathered", "kv cache", "activations", "logits")
 
 
@@ -46,12 +47,12 @@ def count_of(modules: list[nn.Module], trained: bool = False) -> int:
 
 class Shape:
     """What matters of a model: the parameters of a block and of the rest, how many of them a training trains,
-    and how wide its tensors are. `lora`: rank, alpha and targets of its adapters; rank 0: none."""
+    and how wide its tensors are. `lora`: the values of ADAPTERS, rank 0 for none."""
 
-    def __init__(self, path: str, with_lm_head: bool, dtype: torch.dtype, lora: tuple = (0, 1.0, None)):
+    def __init__(self, path: str, with_lm_head: bool, dtype: torch.dtype, lora: tuple = (0,)):
         self.config = load_config(path)
         self.with_lm_head, self.dtype = with_lm_head, dtype
-        self.lora = argparse.Namespace(**dict(zip(("lora_rank", "lora_alpha", "lora_targets"), lora)))
+        self.lora = argparse.Namespace(**dict(zip(ADAPTERS, lora)))
         with reading(path), torch.device("meta"):  # a damaged config.json may ask for anything
             kind = AutoModelForCausalLM if with_lm_head else AutoModel
             model = kind.from_config(self.config, dtype=dtype)
@@ -147,7 +148,7 @@ def passes(shape: Shape, args, world: int, rows: int, response: int, backward: b
         gathered = root + 2 * shape.block * width  # a block, and the next one on its way
         # a block's gradients; the root's head has its own from the beginning
         unreduced = shape.trained_block * width
-        head = shape.words * shape.hidden * width if shape.with_lm_head and shape.trained_root else 0
+        head = shape.words * shape.hidden * width if shape.with_lm_head and not shape.lora.lora_rank else 0
         copy = shape.trained_block * 4  # float32 for the reduction
         root_gradients = shape.trained_root * (width + 4 + 4 / world)
     else:  # autocast's copies live as long as the pass
@@ -184,7 +185,7 @@ def sampling(shape: Shape, args, rows: int) -> dict[str, float]:
 
 
 @functools.lru_cache
-def shape_of(path: str, with_lm_head: bool, bf16: bool, lora: tuple = (0, 1.0, None)) -> Shape:
+def shape_of(path: str, with_lm_head: bool, bf16: bool, lora: tuple = (0,)) -> Shape:
     return Shape(path, with_lm_head, torch.bfloat16 if bf16 else torch.float32, lora)
 
 
@@ -215,7 +216,8 @@ def models_of(args) -> tuple[dict[str, tuple[Shape, bool]], str]:
 
 
 def lora_of(args) -> tuple:
-    return args.lora_rank, args.lora_alpha, tuple(args.lora_targets or ()) or None
+    targets = tuple(args.lora_targets or ()) or None
+    return args.lora_rank, args.lora_alpha, targets, getattr(args, "lora_output", False)
 
 
 def phases(args, world: int) -> tuple[list[tuple[str, dict[str, float]]], float]:
