@@ -57,6 +57,7 @@ def parse_args(argv=None):
     flag("--model", default=Demo("runs/demo/sft/model"), help="policy to start from, and the KL's reference")
     flag("--reward-model", default=Demo("runs/demo/reward_model/model"), help="its critic starts from it")
     flag("--cost-model", default=Demo("runs/demo/cost_model/model"), help="its critic starts from it")
+    flag("--second-cost-model", help="trained with another --seed: the larger of both costs counts")
     flag("--reward-critic", help="another start for the reward critic, with the policy's tokenizer")
     flag("--cost-critic", help="another start for the cost critic, with the policy's tokenizer")
     flag("--dataset", default=Demo("runs/demo/data/prompts_balanced_train.jsonl"), help="prompts")
@@ -225,7 +226,10 @@ def six_models(args) -> tuple:
     """Policy, reference, reward model, cost model, reward critic and cost critic.
 
     With --lora-rank r a frozen model is its trained twin without the adapters, W for W + (alpha / r) B A: the
-    six are three sets of weights. A critic of another start than its score model leaves these two apart."""
+    six are three sets of weights. A critic of another start than its score model leaves these two apart.
+
+    A policy may find answers that fool its cost model. What fools one may not fool another one as well: with
+    --second-cost-model the larger cost counts (worst-case optimization, Coste et al. 2023, 2310.02743)."""
     frozen = {"args": args, "trained": False}
     policy = shard(adapt(load_causal_lm(args.model, **loading(args)), args, args.adapter), args)
     if args.lora_rank:
@@ -245,6 +249,10 @@ def six_models(args) -> tuple:
             critic = load_score_model(own or path, "critic", new_head=bool(own), **loading(args))
             critic = shard(adapt(critic, args), args)
         critics.append(critic)
+    if args.second_cost_model:
+        first, second = score_models[1], load_score_model(args.second_cost_model, "cost", **loading(**frozen))
+        second = shard(second, **frozen)
+        score_models[1] = lambda ids, mask: torch.maximum(first(ids, mask), second(ids, mask))
     return policy, reference, *score_models, *critics
 
 
@@ -407,7 +415,15 @@ def main(args):
     ):
         runs.need(path, f"python {stage}.py")
 
-    for path in (args.model, args.reward_model, args.cost_model, args.reward_critic, args.cost_critic):
+    second = args.second_cost_model
+    for path in (
+        args.model,
+        args.reward_model,
+        args.cost_model,
+        second,
+        args.reward_critic,
+        args.cost_critic,
+    ):
         if path:
             models.check_context(models.load_config(path), args.max_length, path)
             runs.check_template(args, path)
@@ -424,6 +440,10 @@ def main(args):
                 f"the {name} critic's tokenizer is not the policy's: values are per policy token. "
                 f"Give a start with the policy's tokenizer by --{name}-critic"
             )
+    if second and not same_tokenizer(models.load_tokenizer(second), scorers["cost"], args.chat_template):
+        raise RunError(
+            f"{second}: its tokenizer is not that of {args.cost_model}, and both read the same ids"
+        )
     others = {n: t for n, t in scorers.items() if not same_tokenizer(t, tokenizer, args.chat_template)}
     prompts = data.load_prompts(args.dataset, args.skip_bad_rows)
     prompts = data.fitting(args.dataset, prompts, tokenizer, args.max_length - args.max_new_tokens, args)

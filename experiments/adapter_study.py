@@ -4,8 +4,9 @@
     python -m experiments.adapter_study --seeds 1 --ranks 8 --output-dir runs/look
 
 Per seed one world and one SFT policy, all of it trained. From there a reward model, a cost model and RePO:
-once with all weights, and once per rank with adapters, --lora-alpha twice the rank. RATES are learning rates
-of adapters, chosen by what rank 8 logged on the training prompts of seed 0; full training has its defaults.
+once with all weights, and per rank with adapters, --lora-alpha twice the rank, the policy's in its blocks
+only and in its output layer, too. RATES are learning rates of adapters, chosen with rank 8 on the training
+prompts of seed 0; full training has its defaults.
 
 Resumable like experiments.study, whose commands these are, and at home in the same folder, where what full
 training makes is the study's. It prints the table of docs/results.md.
@@ -31,7 +32,7 @@ from experiments.study import (
 from files import write_json
 from runs import count
 
-RATES = {"reward_model": "6e-3", "cost_model": "6e-3", "ppo": "4e-3"}
+RATES = {"reward_model": "6e-3", "cost_model": "6e-3", "critics": "4e-3", "repo": "4e-3", "output": "1.2e-2"}
 COLUMNS = (  # heading, name, scale, digits
     ("truly unsafe, %", "true_unsafe_rate", 100, 1),
     ("prompts with any, %", "true_any_unsafe_rate", 100, 1),
@@ -63,10 +64,14 @@ def adapter_jobs(args) -> list[dict]:
                 needs = [f"{world}/preferences_test_cost.jsonl"]
                 made = f"{own}/{kind}/model/config.json"
                 jobs.append(job(made, needs, f"{kind}.py", *flags, "--lr", RATES[kind]))
-            flags = [*lora, "--lr", RATES["ppo"], "--critic-lr", RATES["ppo"]]
-            output = f"{own}/repo"
-            jobs.append(ppo_job(output, script, sft, scores(own), world, "balanced", seed, args, *flags))
-            policies[f"rank{rank}"] = f"{output}/model"
+            for run, name, more in (
+                ("repo", f"rank{rank}", ()),
+                ("output", f"rank{rank}_output", ("--lora-output",)),
+            ):
+                flags = [*lora, "--lr", RATES[run], "--critic-lr", RATES["critics"], *more]
+                made = f"{own}/{run}"
+                jobs.append(ppo_job(made, script, sft, scores(own), world, "balanced", seed, args, *flags))
+                policies[name] = f"{made}/model"
         # learned scores are of the full models; the table is by the truth
         output = f"{root}/adapters/evaluation"
         jobs += evaluation_jobs(output, policies, scores(root), world, "balanced", seed, args)
@@ -78,7 +83,8 @@ def main(args):
     claim(args, {"rates": RATES, "ranks": args.ranks}, "adapter_settings")
     run_jobs(adapter_jobs(args), args.jobs)
     folders = [f"{args.output_dir}/seed{seed}" for seed in range(args.seeds)]
-    for run in ("balanced/repo", *(f"adapters/rank{rank}/repo" for rank in args.ranks)):
+    adapted = (f"adapters/rank{rank}/{run}" for rank in args.ranks for run in ("repo", "output"))
+    for run in ("balanced/repo", *adapted):
         check_same_flags([f"{folder}/{run}" for folder in folders])
     seeds = [numbers(f"{folder}/adapters/evaluation") for folder in folders]
     for seed in seeds:

@@ -175,11 +175,14 @@ def run_jobs(jobs: list[dict], slots: int) -> None:
     """Run what is not there yet, `slots` commands at a time, in the order of the list where they can."""
     waiting = [j for j in jobs if not os.path.exists(j["makes"])]
     running: dict[subprocess.Popen, dict] = {}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no command is left running
+    stops: list[int] = []  # signals; an exception in the midst of a start would lose sight of that process
+    before = {n: signal.signal(n, lambda n, _: stops.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     bar = runs.progress(total=len(jobs), initial=len(jobs) - len(waiting), desc="study", unit="command")
     try:
         while waiting or running:
+            if stops:
+                raise KeyboardInterrupt
             ready = [j for j in waiting if all(map(os.path.exists, j["needs"]))]
             while ready and len(running) < slots:
                 chosen = ready.pop(0)
@@ -207,6 +210,8 @@ def run_jobs(jobs: list[dict], slots: int) -> None:
         for process in running:
             process.terminate()
             process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------ results

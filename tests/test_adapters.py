@@ -163,6 +163,28 @@ def test_six_models_are_three_and_a_critic_of_another_start_is_apart(folder, mon
         repo_ppo.six_models(repo_ppo.parse_args([*flags, "--output-dir", "none"]))
 
 
+def test_of_two_cost_models_the_larger_cost_counts(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder)
+    other = load_score_model("start/llama/policy", "cost", new_head=True)
+    other.score_head.weight.data.neg_()
+    save_score_model(other, other.state_dict(), str(tmp_path / "cost"))
+    costs = [
+        load_score_model(path, "cost")(IDS, ONES) for path in ("start/llama/cost", str(tmp_path / "cost"))
+    ]
+    flags = [
+        *RUNS["repo_ppo.py"].split(),
+        "--second-cost-model",
+        str(tmp_path / "cost"),
+        "--output-dir",
+        "none",
+    ]
+    for more in ([], LORA):
+        models = repo_ppo.six_models(repo_ppo.parse_args([*flags, *more]))
+        with torch.no_grad():
+            assert torch.equal(models[3](IDS, ONES), torch.maximum(*costs))
+    assert 0 < (costs[0] > costs[1]).float().mean() < 1
+
+
 LORA = "--lora-rank 4 --lora-alpha 8 --lr 1e-2".split()
 PPO = [*LORA, "--lora-output", "--critic-lr", "1e-2"]
 

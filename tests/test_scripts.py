@@ -489,8 +489,12 @@ def test_critics_with_another_tokenizer_are_refused(demo, run_in):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["oil"], vocabulary["turn"] = vocabulary["turn"], vocabulary["oil"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    few = ("--steps", 1, *SMALL, "--output-dir", "runs/demo/retokenized", "--cost-model", other)
+    few = ("--steps", 1, *SMALL, "--output-dir", "runs/demo/retokenized")
+    code, line = run_in(demo, "repo_ppo.py", *few, "--second-cost-model", other)
+    assert code == 2 and "model: its tokenizer is not that of runs/demo/cost_model/model" in line
+    few = (*few, "--cost-model", other)
     code, line = run_in(demo, "repo_ppo.py", *few)
     assert code == 2 and "the cost critic's tokenizer is not the policy's" in line
     # with a critic of its own the same cost model is fine: responses are retokenized for it
+    few = (*few, "--second-cost-model", other)
     assert run_in(demo, "repo_ppo.py", *few, "--cost-critic", COST_MODEL)[0] == 0

@@ -202,6 +202,8 @@ def models_of(args) -> tuple[dict[str, tuple[Shape, bool]], str]:
             "reward critic": (trained(args.reward_critic or args.reward_model, False), True),
             "cost critic": (trained(args.cost_critic or args.cost_model, False), True),
         }
+        if args.second_cost_model:
+            models["second cost model"] = (frozen(args.second_cost_model, False), False)
         if args.lora_rank:  # one set of weights with its twin (six_models of the PPO scripts)
             for name, own in (
                 ("reference", ""),
