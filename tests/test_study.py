@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, ROOT
 
-from experiments import adapter_study, noise, seeds, study
+from experiments import adapter_study, noise, remedies, seeds, study
 from files import write_json
 from runs import RunError
 
@@ -28,6 +28,8 @@ LIMITS = {place.own: -1.234 for place in noise.places(arguments())}
 JOBS["noise"] = noise.model_jobs(arguments()) + noise.policy_jobs(arguments(), LIMITS)
 JOBS["seeds"] = seeds.pair_jobs(arguments())
 JOBS["adapters"] = adapter_study.adapter_jobs(arguments(ranks=[4, 8]))
+after = JOBS["study"] + JOBS["noise"] + remedies.remedy_jobs(arguments())
+JOBS["remedies"] = list({job["makes"]: job for job in after}.values())
 
 
 @pytest.mark.parametrize("jobs", JOBS.values(), ids=JOBS)

@@ -34,6 +34,7 @@ STUDIES = (
     "study",
     "figures",
     "noise",
+    "remedies",
     "seeds",
     "adapter_study",
     "satac_study",
