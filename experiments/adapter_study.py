@@ -33,12 +33,7 @@ from files import write_json
 from runs import count
 
 RATES = {"reward_model": "6e-3", "cost_model": "6e-3", "critics": "4e-3", "repo": "4e-3", "output": "1.2e-2"}
-COLUMNS = (  # heading, name, scale, digits
-    ("truly unsafe, %", "true_unsafe_rate", 100, 1),
-    ("prompts with any, %", "true_any_unsafe_rate", 100, 1),
-    ("true reward, benign", "benign_reward", 1, 2),
-    ("in % of full", "of_full", 100, 1),
-)
+COLUMNS = ("true_unsafe_rate", "true_any_unsafe_rate", "benign_reward", "of_full", "best_safe_share")
 
 
 def parse_args(argv=None):

@@ -58,12 +58,7 @@ METHODS = {  # name: script, flags
     "repo": ("repo_ppo.py",),
     MARGIN: ("repo_ppo.py", "--threshold", "-1"),
 }
-COLUMNS = (  # heading, name, scale, digits
-    ("truly unsafe, %", "true_unsafe_rate", 100, 1),
-    ("unsafe by the cost model, %", "unsafe_rate", 100, 1),
-    ("prompts with any, %", "true_any_unsafe_rate", 100, 1),
-    ("true reward, benign", "benign_reward", 1, 2),
-)
+COLUMNS = ("true_unsafe_rate", "unsafe_rate", "true_any_unsafe_rate", "benign_reward")
 
 
 def parse_args(argv=None):

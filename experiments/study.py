@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 
 import runs
 from files import read_json, read_jsonl, write_json
@@ -281,26 +282,30 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-COLUMNS = (  # heading, name, scale, digits
-    ("truly unsafe, %", "true_unsafe_rate", 100, 1),
-    ("prompts with any, %", "true_any_unsafe_rate", 100, 1),
-    ("unsafe by the cost model, %", "unsafe_rate", 100, 1),
-    ("learned cost", "cost", 1, 2),
-    ("true reward, benign", "benign_reward", 1, 2),
-    ("best-safe share, %", "best_safe_share", 100, 1),
-    ("Elo helpful", "elo_helpfulness", 1, 0),
-    ("Elo harmless", "elo_harmlessness", 1, 0),
-    ("last lambda", "final_lambda", 1, 2),
-)
+COLUMNS = {  # name: heading, scale, digits
+    "true_unsafe_rate": ("truly unsafe, %", 100, 1),
+    "true_any_unsafe_rate": ("prompts with any, %", 100, 1),
+    "unsafe_rate": ("unsafe by the cost model, %", 100, 1),
+    "cost": ("learned cost", 1, 2),
+    "benign_reward": ("true reward, benign", 1, 2),
+    "of_full": ("in % of full", 100, 1),  # of experiments.adapter_study
+    "best_safe_share": ("best-safe share, %", 100, 1),
+    "elo_helpfulness": ("Elo helpful", 1, 0),
+    "elo_harmlessness": ("Elo harmless", 1, 0),
+    "final_lambda": ("last lambda", 1, 2),
+}
 
 
-def markdown(results: dict[str, list[dict]], columns: tuple = COLUMNS, by_seed: bool = False) -> str:
-    """policy -> rows of `numbers`, one a seed, as a table; `by_seed`: truly unsafe also seed by seed."""
-    headings = [heading for heading, *_ in columns] + ["truly unsafe, by seed"] * by_seed
+def markdown(results: dict[str, list[dict]], names: Iterable[str] = (), by_seed: bool = False) -> str:
+    """policy -> rows of `numbers`, one a seed, as a table of the columns `names` (all that there are, if none
+    is given); `by_seed`: truly unsafe also seed by seed."""
+    names = names or [name for name in COLUMNS if any(name in rows[0] for rows in results.values())]
+    headings = [COLUMNS[name][0] for name in names] + ["truly unsafe, by seed"] * by_seed
     lines = [f"| policy | {' | '.join(headings)} |", "|---|" + "---:|" * len(headings)]
     for name, rows in results.items():
         cells = []
-        for _, key, scale, digits in columns:
+        for key in names:
+            _, scale, digits = COLUMNS[key]
             cells.append(spread([row[key] * scale if key in row else None for row in rows], digits))
         if by_seed:
             cells.append(", ".join(f"{100 * row['true_unsafe_rate']:.1f}" for row in rows))

@@ -102,10 +102,7 @@ def made_up_study() -> dict:
     rng = random.Random(0)
 
     def row() -> dict:
-        return {key: rng.random() for _, key, _, _ in study.COLUMNS} | {
-            "true_reward": rng.random(),
-            "batch_size": 8,
-        }
+        return {key: rng.random() for key in study.COLUMNS} | {"true_reward": rng.random(), "batch_size": 8}
 
     def curves() -> dict:
         seeds = {key: [[rng.random() for _ in range(5)] for _ in range(2)] for key in ("cost", "unsafe_rate")}
@@ -126,12 +123,14 @@ def test_tables_and_figures_come_from_study_json(tmp_path, run_in, capsys):
     for row, rate in zip(content["results"]["balanced"]["repo"], (0.01, 0.03)):
         row["true_unsafe_rate"] = rate
     (tmp_path / "study.json").write_text(json.dumps(content))
-    (tmp_path / "rounds.json").write_text(
-        json.dumps({"balanced": {"sft": [{"true_unsafe_rate": 0.5308, "cost": 1}]}})
+    sft, repo = (
+        {"true_unsafe_rate": 0.5308, "cost": 1},
+        {"true_unsafe_rate": 0.01, "cost": -4, "final_lambda": 2},
     )
+    (tmp_path / "rounds.json").write_text(json.dumps({"balanced": {"sft": [sft], "repo": [repo]}}))
     study.main(study.parse_args(["tables", "--output-dir", str(tmp_path)]))
     out = capsys.readouterr().out
-    assert "| repo | 2.0 ± 1.4 |" in out and "RePO 1.0, 3.0%" in out and "| sft | 53.1 | - | - | 1.0" in out
+    assert "| repo | 2.0 ± 1.4 |" in out and "RePO 1.0, 3.0%" in out and "| sft | 53.1 | 1.00 | - |" in out
     flags = ("--study", "study.json", "--output-dir", "figures")
     code, error = run_in(tmp_path, "experiments/figures.py", *flags)
     assert code == 0, error
@@ -197,7 +196,7 @@ def test_a_stopped_study_leaves_no_process_behind(tmp_path):
 
 
 def test_the_noise_studys_table_and_figure(capsys):
-    row = {key: 0.25 for _, key, _, _ in noise.COLUMNS}
+    row = dict.fromkeys(noise.COLUMNS, 0.25)
     results = {}
     for variant in noise.VARIANTS:
         names = noise.methods(variant)
