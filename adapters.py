@@ -54,7 +54,7 @@ class Adapter(nn.Module):
     def __getattr__(self, name: str):
         if name in ("weight", "bias"):  # some state-space layers compute with them, and do not call the layer
             told = f"the model reads the {name} of {self.name} itself, past the adapter"
-            raise InputError(f"--lora-rank: {told}. Name other layers by --lora-targets")
+            raise InputError(f"--lora-rank: {told}. Name other layers by --lora-targets, or no --lora-output")
         return super().__getattr__(name)
 
 
@@ -121,7 +121,12 @@ def output_layer(model: nn.Module) -> dict[str, nn.Module]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if type(output) not in (nn.Linear, type(None)):
         raise InputError(f"--lora-output: the output layer is a {type(output).__name__}, not a linear one")
-    return {name: module for name, module in model.named_modules() if module is output}
+    found = {name: module for name, module in model.named_modules() if module is output}
+    if found and (other := set(model.all_tied_weights_keys) - {f"{name}.weight" for name in found}):
+        raise InputError(
+            f"--lora-output: {min(other)}, too, is another tensor, and a merged model has no ties"
+        )
+    return found
 
 
 def adapt(model: nn.Module, args, start: str | None = None) -> nn.Module:
@@ -132,6 +137,8 @@ def adapt(model: nn.Module, args, start: str | None = None) -> nn.Module:
     layers = linear_layers(model.requires_grad_(False), args.lora_targets)
     if getattr(args, "lora_output", False):  # the scripts of score models do not have the flag
         layers |= output_layer(model)
+    if len({id(layer.weight) for layer in layers.values()}) < len(layers):
+        raise InputError(f"--lora-rank: {model.config.model_type}'s blocks share weights; adapters part them")
     generator = torch.Generator().manual_seed(torch.initial_seed())  # the same on every rank
     for name, layer in layers.items():
         if args.lora_rank > min(layer.weight.shape):
@@ -208,7 +215,7 @@ def save_adapter(args, model: nn.Module, state: dict[str, Tensor]) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
-        "target_modules": args.lora_targets or sorted({name.rpartition(".")[2] for name in layers}),
+        "target_modules": sorted(layers if args.lora_targets else {n.rpartition(".")[2] for n in layers}),
         "modules_to_save": ["score_head"] if scores else None,
         "inference_mode": True,
     }

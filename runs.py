@@ -184,8 +184,8 @@ def check_flags(args, ranks: int) -> None:
     for name in ("cpu_offload", "offload_frozen"):
         if getattr(args, name, False) and not args.fsdp:
             raise RunError(f"--{name.replace('_', '-')} works on shards: add --fsdp")
-    critics = getattr(args, "reward_critic", None) or getattr(args, "cost_critic", None)
-    if getattr(args, "offload_frozen", False) and getattr(args, "lora_rank", 0) and not critics:
+    apart = any(getattr(args, name, None) for name in ("reward_critic", "cost_critic", "second_cost_model"))
+    if getattr(args, "offload_frozen", False) and getattr(args, "lora_rank", 0) and not apart:
         raise RunError(
             "--offload-frozen finds nothing to move: with --lora-rank frozen and trained models are one"
         )
@@ -323,9 +323,11 @@ def claim_folder(args) -> None:
     before, now = read_json(args_file), json.loads(json.dumps(vars(args)))
     if misfit(before, {"seed": int, "steps": int}):
         raise RunError(f"{args_file}: holds no flags")
-    changed = [k for k in now if k not in MAY_CHANGE and now[k] != before.get(k, now[k])]
+    # what the run did not know yet was off; a number had its default, which nothing here knows
+    was = {k: v if type(v) in (int, float) else None for k, v in now.items()} | before
+    changed = [k for k in now if k not in MAY_CHANGE and (now[k] or None) != (was[k] or None)]
     if changed and not args.resume_anyway:
-        told = ", ".join(f"--{k.replace('_', '-')} {before[k]} -> {now[k]}" for k in changed)
+        told = ", ".join(f"--{k.replace('_', '-')} {was[k]} -> {now[k]}" for k in changed)
         raise RunError(f"{out} was another run: {told}. Give its flags, or go on by --resume-anyway")
     if not complete_checkpoints(out) and os.path.exists(os.path.join(out, "model")):
         told = "a finished run without a checkpoint (--save-every), from which nothing can go on"

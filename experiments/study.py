@@ -173,8 +173,13 @@ def rounds_jobs(args, mixes=ROUND_MIXES) -> list[dict]:
 
 
 def run_jobs(jobs: list[dict], slots: int) -> None:
-    """Run what is not there yet, `slots` commands at a time, in the order of the list where they can."""
+    """Run what is not there yet, `slots` commands at a time, in the order of the list where they can. Raises
+    RunError for one that fails, or that needs what is not there and what none of them makes."""
     waiting = [j for j in jobs if not os.path.exists(j["makes"])]
+    made = {j["makes"] for j in jobs}
+    for j in waiting:
+        if absent := [path for path in j["needs"] if path not in made and not os.path.exists(path)]:
+            raise RunError(f"{j['makes']} needs {absent[0]}, which nothing makes")
     running: dict[subprocess.Popen, dict] = {}
     stops: list[int] = []  # signals; an exception in the midst of a start would lose sight of that process
     before = {n: signal.signal(n, lambda n, _: stops.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -182,8 +187,6 @@ def run_jobs(jobs: list[dict], slots: int) -> None:
     bar = runs.progress(total=len(jobs), initial=len(jobs) - len(waiting), desc="study", unit="command")
     try:
         while waiting or running:
-            if stops:
-                raise KeyboardInterrupt
             ready = [j for j in waiting if all(map(os.path.exists, j["needs"]))]
             while ready and len(running) < slots:
                 chosen = ready.pop(0)
@@ -195,10 +198,11 @@ def run_jobs(jobs: list[dict], slots: int) -> None:
             folders = (os.path.relpath(os.path.dirname(j["log"])) for j in running.values())
             # a log gets a line a minute
             bar.set_postfix_str(" | ".join(folders), refresh=sys.stderr.isatty())
-            if not running:
-                raise RunError(f"{waiting[0]['makes']} needs {waiting[0]['needs']}, which nothing makes")
             time.sleep(0.1)
-            for process in [p for p in running if p.poll() is not None]:
+            ended = [p for p in running if p.poll() is not None]
+            if stops:  # one that a Ctrl-C has reached as well did not fail
+                raise KeyboardInterrupt
+            for process in ended:
                 finished = running.pop(process)
                 if process.returncode or not os.path.exists(finished["makes"]):
                     with open(finished["log"]) as log:
@@ -208,11 +212,12 @@ def run_jobs(jobs: list[dict], slots: int) -> None:
                 bar.update()
     finally:
         bar.close()
-        for process in running:
-            process.terminate()
-            process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
 
 
 # ------------------------------------------------------------------------------ results
@@ -366,13 +371,14 @@ _locks: list = []  # held until the process ends
 
 
 def check_same_flags(folders: list[str]) -> None:
-    """Raise RunError if runs of one method, a seed each, differ in a number: their defaults have changed."""
+    """Raise RunError if runs of one method, a seed each, differ in a number: their defaults have changed. (A
+    flag that some of them did not know yet was off in all.)"""
     first, *others = (
         {k: v for k, v in read_json(f"{f}/args.json").items() if isinstance(v, int | float) and k != "seed"}
         for f in folders
     )
     for other, flags in zip(folders[1:], others):
-        if changed := sorted(k for k in flags.keys() | first.keys() if flags.get(k) != first.get(k)):
+        if changed := sorted(k for k in flags.keys() & first.keys() if flags[k] != first[k]):
             told = f"{other} and {folders[0]} were run with another --{changed[0].replace('_', '-')}"
             raise RunError(f"{told}; take another --output-dir")
 

@@ -13,7 +13,7 @@ from test_families import build
 from test_processes import RUNS, folder, launch, launch_ranks, results, stage  # noqa: F401
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig
 from transformers.pytorch_utils import Conv1D
 
 import adapters
@@ -289,6 +289,28 @@ def test_the_adapter_has_the_names_and_shapes_of_peft(tuned):
     rank, width, out = shape
     assert tensors[f"base_model.model.{layer}.lora_A.weight"].shape == (rank, width)
     assert tensors[f"base_model.model.{layer}.lora_B.weight"].shape == (out, rank)
+
+
+def test_peft_finds_the_chosen_layers_and_the_output_layer_by_name(folder, run_in, tmp_path):
+    flags = ("--lora-targets", "c_attn", "--lora-output", "--output-dir", str(tmp_path))
+    assert run_in(folder, "sft.py", *sft("gpt2", *flags))[0] == 0
+    targets = read_json(tmp_path / "adapter/adapter_config.json")["target_modules"]
+    assert targets == ["lm_head", "transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    stored = {name.split(".lora_")[0] for name in load_file(tmp_path / "adapter" / WEIGHTS)}
+    assert stored == {f"base_model.model.{target}" for target in targets}
+
+
+def test_weights_that_a_merged_model_could_not_share_are_refused():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(BertConfig(**sizes, intermediate_size=16, is_decoder=True))
+    chosen = argparse.Namespace(**vars(ARGS) | {"lora_output": True})
+    with pytest.raises(InputError, match=r"--lora-output: cls.predictions.decoder.bias, too, is another"):
+        adapt(model, chosen)
+    model = build("Llama")
+    first, second = (block.mlp.up_proj for block in model.model.layers)
+    second.weight = first.weight
+    with pytest.raises(InputError, match="--lora-rank: llama's blocks share weights; adapters part them"):
+        adapt(model, ARGS)
 
 
 def test_the_files_mean_in_peft_s_way_what_model_is(folder, tuned):

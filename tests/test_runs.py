@@ -181,6 +181,11 @@ def test_a_resumed_run_has_the_flags_that_it_had(used):
         runs.claim_folder(arguments(used, resume=True, lr=0.2, model="other"))
     assert "was another run: --lr 0.1 -> 0.2, --model m -> other. Give its flags, or" in str(error.value)
     runs.claim_folder(arguments(used, resume_anyway=True, lr=0.2, model="other"))
+    # flags of a later version: as they are when they are not given, and given
+    runs.claim_folder(arguments(used, resume=True, ensemble=None, rate=0.1, quick=False))
+    for flag, value in (("ensemble", "folder"), ("quick", True)):
+        with pytest.raises(RunError, match=f"was another run: --{flag} None -> {value}"):
+            runs.claim_folder(arguments(used, resume=True, **{flag: value}))
     with pytest.raises(RunError, match="has done 3 steps, and --steps 2 asks for fewer"):
         runs.claim_folder(arguments(used, resume=True, steps=2))
 
@@ -322,6 +327,7 @@ def test_flags_that_cannot_go_together():
     ):
         with pytest.raises(RunError, match=message):
             check(**flags)
+    check(fsdp=True, offload_frozen=True, lora_rank=4, second_cost_model="folder")
     check(ranks=2, batch_size=8, minibatch_size=4, max_new_tokens=7, max_length=8)
     args = argparse.Namespace(fsdp=False, batch_size=8, minibatch_size=32)
     runs.check_flags(args, 1)

@@ -155,6 +155,8 @@ def test_other_settings_are_not_mixed_in(tmp_path):
 def test_runs_of_other_defaults_are_not_mixed_in(tmp_path):
     for seed, rate in enumerate((0.01, 0.01, 0.03)):
         write_json(f"{tmp_path}/{seed}/args.json", {"seed": seed, "model": str(seed), "kl_coeff": rate})
+    changed = {"seed": 1, "kl_coeff": 0.01, "of_a_later_version": False}
+    write_json(f"{tmp_path}/1/args.json", changed)
     study.check_same_flags([f"{tmp_path}/0", f"{tmp_path}/1"])
     with pytest.raises(RunError, match="2 and .*0 were run with another --kl-coeff"):
         study.check_same_flags([f"{tmp_path}/{seed}" for seed in range(3)])
