@@ -123,9 +123,7 @@ def output_layer(model: nn.Module) -> dict[str, nn.Module]:
         raise InputError(f"--lora-output: the output layer is a {type(output).__name__}, not a linear one")
     found = {name: module for name, module in model.named_modules() if module is output}
     if found and (other := set(model.all_tied_weights_keys) - {f"{name}.weight" for name in found}):
-        raise InputError(
-            f"--lora-output: {min(other)}, too, is another tensor, and a merged model has no ties"
-        )
+        raise InputError(f"--lora-output: {min(other)} is tied as well, and the merged model has no ties")
     return found
 
 

@@ -304,7 +304,7 @@ def test_weights_that_a_merged_model_could_not_share_are_refused():
     sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = AutoModelForCausalLM.from_config(BertConfig(**sizes, intermediate_size=16, is_decoder=True))
     chosen = argparse.Namespace(**vars(ARGS) | {"lora_output": True})
-    with pytest.raises(InputError, match=r"--lora-output: cls.predictions.decoder.bias, too, is another"):
+    with pytest.raises(InputError, match=r"--lora-output: cls.predictions.decoder.bias is tied as well"):
         adapt(model, chosen)
     model = build("Llama")
     first, second = (block.mlp.up_proj for block in model.model.layers)

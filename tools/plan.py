@@ -60,6 +60,8 @@ class Shape:
         layers, part = blocks(model), reading_part(self.config)
         self.layers, self.hidden, self.words = len(layers), part.hidden_size, part.vocab_size
         self.total, self.trained = count_of([model]), count_of([model], trained=True)
+        untied = self.lora.lora_rank and self.lora.lora_output and part.tie_word_embeddings
+        self.merged = self.total + (self.words * self.hidden if untied else 0)
         self.block = count_of(layers) // self.layers  # their mean
         self.trained_block = count_of(layers, trained=True) // self.layers
         self.root = self.total - self.layers * self.block
@@ -237,7 +239,7 @@ def phases(args, world: int) -> tuple[list[tuple[str, dict[str, float]]], float]
             resident["weights"] += weights
             resident["optimizer"] += optimizer
     # beside what is offloaded, at last: the final weights, in float32 on rank 0 (before: gradients, no more)
-    host += 4 * models["policy" if "policy" in models else "model"][0].total
+    host += 4 * models["policy" if "policy" in models else "model"][0].merged
     if getattr(args, "save_every", 0) and not args.cpu_offload:
         # a checkpoint passes through pinned host memory, which torch keeps (its issue 195982)
         host += 12 * sum(shape.trained for shape, trained in models.values() if trained)
