@@ -121,14 +121,8 @@ def flags(models: Path, data: Path, mode: str, args) -> list[str]:
     sizes = ["--batch-size", str(args.batch_size), "--minibatch-size", str(args.batch_size)]
     sizes += ["--micro-batch-size", str(args.micro_batch_size), "--steps", str(args.steps)]
     sizes += ["--max-length", str(args.max_length), "--max-new-tokens", str(args.max_new_tokens)]
-    inputs = [
-        "--model",
-        f"{models}/policy",
-        "--reward-model",
-        f"{models}/reward",
-        "--cost-model",
-        f"{models}/cost",
-    ]
+    roles = (("--model", "policy"), ("--reward-model", "reward"), ("--cost-model", "cost"))
+    inputs = [word for flag, role in roles for word in (flag, f"{models}/{role}")]
     inputs += ["--dataset", f"{data}/prompts.jsonl", "--ptx-dataset", f"{data}/sft.jsonl"]
     compute = ["--dtype", args.dtype, "--activation-checkpointing", "--lr", "1e-5", "--critic-lr", "5e-6"]
     return [*inputs, *sizes, *compute, *MODES[mode]]

@@ -171,13 +171,7 @@ def test_of_two_cost_models_the_larger_cost_counts(folder, monkeypatch, tmp_path
     costs = [
         load_score_model(path, "cost")(IDS, ONES) for path in ("start/llama/cost", str(tmp_path / "cost"))
     ]
-    flags = [
-        *RUNS["repo_ppo.py"].split(),
-        "--second-cost-model",
-        str(tmp_path / "cost"),
-        "--output-dir",
-        "none",
-    ]
+    flags = [*RUNS["repo_ppo.py"].split(), "--second-cost-model", f"{tmp_path}/cost", "--output-dir", "none"]
     for more in ([], LORA):
         models = repo_ppo.six_models(repo_ppo.parse_args([*flags, *more]))
         with torch.no_grad():

@@ -28,15 +28,10 @@ def test_every_recipe_is_rehearsed():
 @pytest.mark.parametrize("together", GROUPS, ids="-".join)
 def test_recipes_run_and_leave_models(tmp_path, together):
     def rehearse(recipe: str) -> subprocess.Popen:
-        environment = ENVIRONMENT | {
-            "REHEARSAL": str(tmp_path / recipe),
-            "NPROC": "1",
-            "PYTHON": sys.executable,
-        }
+        own = {"REHEARSAL": str(tmp_path / recipe), "NPROC": "1", "PYTHON": sys.executable}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(
-            ["bash", str(ROOT / "recipes" / recipe)], cwd=tmp_path, env=environment, **pipes
-        )
+        command = ["bash", str(ROOT / "recipes" / recipe)]
+        return subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT | own, **pipes)
 
     finish(*map(rehearse, together))  # side by side: one process each
     for recipe in together:

@@ -143,16 +143,8 @@ def test_no_script_takes_a_path_of_the_demo_beside_ones_own(script):
 
 
 def arguments(folder, **changes) -> argparse.Namespace:
-    flags = {
-        "steps": 5,
-        "seed": 0,
-        "lr": 0.1,
-        "model": "m",
-        "micro_batch_size": 4,
-        "fsdp": False,
-        "save_every": 0,
-    }
-    flags |= dict.fromkeys(("overwrite", "resume", "resume_anyway", "tensorboard"), False)
+    flags = {"steps": 5, "seed": 0, "lr": 0.1, "model": "m", "micro_batch_size": 4, "save_every": 0}
+    flags |= dict.fromkeys(("fsdp", "overwrite", "resume", "resume_anyway", "tensorboard"), False)
     return argparse.Namespace(**flags | {"output_dir": str(folder)} | changes)
 
 

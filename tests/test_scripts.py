@@ -140,14 +140,7 @@ def test_labels_can_be_given_again(demo, run_in):
     "name, flags", [("ppo", ("--lambda-init", 0)), ("shaping", ("--reward-shaping", 0.5))]
 )
 def test_baselines_run_without_a_moving_multiplier(demo, run_in, name, flags):
-    few = (
-        "--steps",
-        2,
-        "--batch-size",
-        8,
-        "--ptx-dataset",
-        "",
-    )  # the default minibatch shrinks to the rollout
+    few = ("--steps", 2, "--batch-size", 8, "--ptx-dataset", "")  # the minibatch shrinks to the rollout
     code, error = run_in(demo, "safe_rlhf_ppo.py", *few, "--output-dir", f"runs/demo/{name}", *flags)
     assert code == 0, error
     assert [row["lambda"] for row in metrics(demo, name)] == [0, 0]
@@ -155,17 +148,8 @@ def test_baselines_run_without_a_moving_multiplier(demo, run_in, name, flags):
 
 @pytest.mark.parametrize("script", ["reward_model.py", "cost_model.py"])
 def test_token_wise_losses_train(demo, run_in, script):
-    flags = (
-        "--loss",
-        "token-wise",
-        "--steps",
-        2,
-        "--eval-dataset",
-        "",
-        "--output-dir",
-        f"runs/tokenwise/{script}",
-    )
-    assert run_in(demo, script, *flags)[0] == 0
+    flags = ("--loss", "token-wise", "--steps", 2, "--eval-dataset", "")
+    assert run_in(demo, script, *flags, "--output-dir", f"runs/tokenwise/{script}")[0] == 0
 
 
 TWINS = [("safe_rlhf_ppo", "lagrangian_advantages"), ("repo_ppo", "rectified_advantages")]
