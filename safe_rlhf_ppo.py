@@ -408,25 +408,13 @@ def main(args):
     torch.manual_seed(args.seed)
     if args.lambda_init > args.lambda_max:
         raise RunError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
-    for path, stage in (
-        (args.model, "sft"),
-        (args.reward_model, "reward_model"),
-        (args.cost_model, "cost_model"),
-    ):
-        runs.need(path, f"python {stage}.py")
-
-    second = args.second_cost_model
-    for path in (
-        args.model,
-        args.reward_model,
-        args.cost_model,
-        second,
-        args.reward_critic,
-        args.cost_critic,
-    ):
-        if path:
-            models.check_context(models.load_config(path), args.max_length, path)
-            runs.check_template(args, path)
+    runs.need(args.model, "python sft.py")
+    runs.need(args.reward_model, "python reward_model.py")
+    runs.need(args.cost_model, "python cost_model.py")
+    second, critics = args.second_cost_model, (args.reward_critic, args.cost_critic)
+    for path in filter(None, (args.model, args.reward_model, args.cost_model, second, *critics)):
+        models.check_context(models.load_config(path), args.max_length, path)
+        runs.check_template(args, path)
 
     # ------------------------------------------------------------------ data
     tokenizer = models.load_tokenizer(args.model)
@@ -454,13 +442,10 @@ def main(args):
 
     # ------------------------------------------------------------------ six models
     policy, reference, reward_model, cost_model, reward_critic, cost_critic = six_models(args)
-    optimizers = {
-        "policy": runs.adamw(policy, args.lr, args.weight_decay),
-        "reward_critic": runs.adamw(reward_critic, args.critic_lr, 0.0),
-        "cost_critic": runs.adamw(cost_critic, args.critic_lr, 0.0),
-    }
-    trained = {"policy": policy, "reward_critic": reward_critic, "cost_critic": cost_critic}
-    trained = {name: (model, optimizers[name]) for name, model in trained.items()}
+    trained = {"policy": (policy, runs.adamw(policy, args.lr, args.weight_decay))}
+    for name, critic in (("reward_critic", reward_critic), ("cost_critic", cost_critic)):
+        trained[name] = critic, runs.adamw(critic, args.critic_lr, 0.0)
+    optimizers = {name: optimizer for name, (_, optimizer) in trained.items()}
 
     # ------------------------------------------------------------------ multiplier and log
     lambda_init = args.lambda_init if args.reward_shaping is None else 0.0
