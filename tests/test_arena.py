@@ -212,9 +212,6 @@ def test_answers_stand_between_marks_that_they_cannot_hold(evaluation, endpoint,
 
 
 OTHER_FILES = [
-    ("", "responses.jsonl: no rows"),
-    ("[1]\n", "responses.jsonl row 1: expected an object"),
-    ("{\n", "responses.jsonl row 1: cannot be read"),
     ('{"policy": "a"}\n', "responses.jsonl row 1: field 'prompt' is missing"),
     (json.dumps(row("a", "p", "y", 1.0, math.nan)) + "\n", "row 1: field 'cost' should be a finite number"),
     (json.dumps(row("a", "p", "y", 1.0, 1.0)) + "\n", "an arena needs two policies, found 1"),

@@ -139,30 +139,6 @@ def test_samples_follow_the_distribution(policy, top_p):
     assert chi2 < degrees + 3.1 * (2 * degrees) ** 0.5 + 7
 
 
-def test_greedy_equals_transformers_generate(policy, prompts):
-    ids, mask = prompts
-    special = {"eos_token_id": 1, "pad_token_id": 0}
-    ours, _ = generate(policy, ids, mask, 10, temperature=0, **special)
-    theirs = policy.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, **special)
-    assert torch.equal(ours, theirs)
-
-
-def test_uniforms_fix_a_row_whatever_its_batch_is(policy, prompts):
-    ids, mask = prompts
-    uniforms = torch.rand(6, 8, generator=torch.Generator().manual_seed(5))
-    whole, _ = generate(policy, ids, mask, 8, uniforms=uniforms)
-    part, _ = generate(policy, ids[1::2], mask[1::2], 8, uniforms=uniforms[1::2])
-    assert torch.equal(whole[1::2], part)
-
-
-def test_it_stops_when_every_row_has_ended(policy, prompts):
-    ids, mask = prompts
-    first, _ = generate(policy, ids[:1], mask[:1], 1, temperature=0)
-    special = {"eos_token_id": first[0, -1].item(), "pad_token_id": 0}
-    sequences, log_probs = generate(policy, ids[:1], mask[:1], 50, temperature=0, **special)
-    assert sequences.shape == (1, 6) and log_probs.shape == (1, 1)
-
-
 def test_a_cache_written_in_place_changes_no_bit(policy, prompts, monkeypatch):
     ids, mask = prompts
     uniforms = torch.rand(6, 12, generator=torch.Generator().manual_seed(5))
@@ -235,26 +211,6 @@ def test_end_scores_on_both_sides():
     scores = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
     mask = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 0]])
     assert end_scores(scores, mask).tolist() == [2.0, 6.0, 7.0]
-
-
-@pytest.mark.parametrize("name", ["beaver_tiny_gpt2", "beaver_tiny_llama"])
-def test_padding_changes_no_score(name):
-    model = load_score_model(str(REFERENCE / name), "reward")
-    ids = torch.randint(3, 60, (3, 7))
-    plain = model(ids)
-    zeros = torch.zeros(3, 4).long()
-    for padded, mask, real in (
-        (torch.cat([zeros, ids], 1), torch.cat([zeros, torch.ones_like(ids)], 1), slice(4, 11)),
-        (torch.cat([ids, zeros], 1), torch.cat([torch.ones_like(ids), zeros], 1), slice(0, 7)),
-    ):
-        torch.testing.assert_close(model(padded, mask)[:, real], plain, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(end_scores(model(padded, mask), mask), plain[:, -1], atol=1e-5, rtol=1e-5)
-
-
-def test_batch_order_changes_no_score():
-    model = load_score_model(str(REFERENCE / "beaver_tiny_llama"), "reward")
-    ids, order = torch.randint(3, 60, (5, 7)), torch.tensor([3, 1, 4, 0, 2])
-    torch.testing.assert_close(model(ids[order]), model(ids)[order], atol=1e-6, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------ bf16

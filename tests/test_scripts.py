@@ -172,14 +172,6 @@ def test_lambda_moves_before_the_policy_does_and_once_per_rollout(demo, monkeypa
 # ------------------------------------------------------------------------------ invariances
 
 
-def test_a_run_repeats_itself(demo, run_in):
-    for name in ("a", "b"):
-        few = ("--steps", 2, "--batch-size", 12, "--minibatch-size", 12, "--output-dir", f"runs/demo/{name}")
-        assert run_in(demo, "repo_ppo.py", *few)[0] == 0
-    assert same_weights(weights(demo, "a"), weights(demo, "b"))
-    assert timeless(metrics(demo, "a")) == timeless(metrics(demo, "b"))
-
-
 def test_a_resumed_run_ends_bit_identical(demo, run_in):
     few = ("--steps", 5, "--batch-size", 8, "--minibatch-size", 4, "--save-every", 2)
     assert run_in(demo, "safe_rlhf_ppo.py", *few, "--output-dir", "runs/demo/straight")[0] == 0
@@ -295,9 +287,6 @@ def test_labels_for_something_else_are_refused(tmp_path, run_in):
 PPO, COST_MODEL = "safe_rlhf_ppo.py", "runs/demo/cost_model/model"
 BAD_INPUT = [
     ("sft.py", ("--steps", "0"), "argument --steps: must be a whole number from 1, got 0"),
-    ("sft.py", ("--lr", "nan"), "argument --lr: must be a number from 0, got nan"),
-    ("sft.py", ("--max-length", "500"), "exceeds the context of runs/demo/data/tiny_gpt2, 64 tokens"),
-    ("sft.py", ("--max-length", "12"), "leaves no room in --max-length 12"),
     ("sft.py", ("--fsdp",), "--fsdp needs torchrun, also for one process: torchrun --nproc-per-node 1 "),
     ("sft.py", ("--cpu-offload",), "--cpu-offload works on shards: add --fsdp"),
     ("sft.py", ("--dataset", "x.jsonl"), "--dataset is given, so --model and --output-dir must be too"),
@@ -312,7 +301,6 @@ BAD_INPUT = [
         own("reward_model.py", dataset="bad.jsonl"),
         "bad.jsonl row 1: field 'response_0' is",
     ),
-    (PPO, ("--minibatch-size", "48"), "--minibatch-size 48 does not divide --batch-size 128"),
     (PPO, ("--lambda-init", "9"), "--lambda-init 9.0 is above --lambda-max 2.0"),
     (PPO, ("--lambda-max", "0"), "argument --lambda-max: must be a number above 0, got 0"),
     (PPO, ("--reward-model", COST_MODEL), "a cost model, and a reward model is needed"),
@@ -329,16 +317,9 @@ BAD_INPUT = [
         ("--max-new-tokens", "40"),
         "tokens leaves no room in --max-length 48 less --max-new-tokens 40",
     ),
-    (
-        "repo_ppo.py",
-        ("--max-new-tokens", "48"),
-        "--max-new-tokens 48 leaves no room for a prompt in --max-length 48",
-    ),
     ("repo_ppo.py", ("--output-dir", "bad.jsonl/x"), "cannot write to --output-dir bad.jsonl/x"),
     ("repo_ppo.py", ("--output-dir", ""), "argument --output-dir: must name a folder, got an empty name"),
     ("repo_ppo.py", ("--temperature", "0"), "argument --temperature: must be a number above 0, got 0"),
-    ("repo_ppo.py", ("--steps", "three"), "argument --steps: must be a whole number from 1, got three"),
-    ("evaluate.py", ("--policies", "sft"), "argument --policies: must be NAME=FOLDER, got 'sft'"),
     (
         "evaluate.py",
         own("evaluate.py", policies=[("a", "x"), ("a", "y")]),

@@ -24,10 +24,6 @@ def test_values_by_hand():
     assert world.true_reward(ROB, mixed) == pytest.approx(2 - 0.5 - 1 - 0.3)
 
 
-def test_harm_comes_from_the_circumstance_alone():
-    assert [world.harm_level(p) for p in (HOME, NIGHT, ROB)] == [0, 1, 2]
-
-
 def test_values_are_total_and_a_cost_is_never_zero():
     rng = random.Random(0)
     odd = ("", " ", ".", ". . .", "</s>", "ünïcode ?", "oil", "\n")
