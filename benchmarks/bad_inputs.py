@@ -43,16 +43,8 @@ SCORES = ["--reward-model", "reward", "--cost-model", "cost"]
 PPO = ["--model", "policy", *SCORES, "--dataset", "data/prompts.jsonl", "--ptx-dataset", "data/sft.jsonl"]
 PPO += [*SMALL, "--minibatch-size", "4", "--max-new-tokens", "6"]
 PAIRS = ["--model", "policy", "--dataset", "data/pairs.jsonl", "--eval-dataset", "data/pairs.jsonl", *SMALL]
-JUDGED = [
-    "--policies",
-    "a=policy",
-    "b=run/model",
-    *SCORES,
-    "--prompts",
-    "data/prompts.jsonl",
-    "--samples",
-    "1",
-]
+JUDGED = ["--policies", "a=policy", "b=run/model", *SCORES]
+JUDGED += ["--prompts", "data/prompts.jsonl", "--samples", "1"]
 OUT = ["--output-dir", "out"]
 ONE = ["--steps", "1"]
 # what runs as it is; every case spoils one thing of one of these
@@ -322,28 +314,17 @@ def fork(folder: Path, script: str, argv: list[str], environment=()) -> int:
 def prepare(folder: Path) -> None:
     """Tiny models, data, a run with a checkpoint, and its evaluation."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     import toy_world
     from files import write_jsonl
-    from models import load_score_model, save_score_model
+    from recipes.rehearsal import write_data, write_models
 
     torch.manual_seed(0)
-    rng, config = random.Random(0), toy_world.build_config()
+    config = toy_world.build_config()
     config.n_embd, config.n_head = 16, 2
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "policy")
-    toy_world.build_tokenizer().save_pretrained(folder / "policy")
-    for kind in ("reward", "cost"):
-        model = load_score_model(str(folder / "policy"), kind, new_head=True)
-        save_score_model(model, model.state_dict(), str(folder / kind))
-        toy_world.build_tokenizer().save_pretrained(folder / kind)
-    prompts = toy_world.split_prompts()[0][::40]
-    rows = [{"prompt": p, "response": toy_world.demonstrate(p, rng)} for p in prompts]
-    pairs = [
-        toy_world.label_pair(row["prompt"], row["response"], toy_world.random_words(rng), rng) for row in rows
-    ]
-    for name, content in (("sft", rows), ("pairs", pairs), ("prompts", [{"prompt": p} for p in prompts])):
-        write_jsonl(str(folder / f"data/{name}.jsonl"), content)
+    write_models(str(folder), config)
+    write_data(f"{folder}/data", 40)
+    write_jsonl(f"{folder}/data/prompts.jsonl", [{"prompt": p} for p in toy_world.split_prompts()[0][::40]])
     first = [*PPO, "--steps", "2", "--save-every", "1", "--keep", "1", "--output-dir", "run"]
     for script, argv in (("repo_ppo.py", first), ("evaluate.py", [*JUDGED, "--output-dir", "evaluation"])):
         if os.waitstatus_to_exitcode(os.waitpid(fork(folder, script, argv), 0)[1]):

@@ -17,20 +17,19 @@ from files import write_jsonl  # noqa: E402
 from models import load_score_model, save_score_model  # noqa: E402
 
 
-def main(folder: str) -> None:
-    torch.manual_seed(0)
-    rng, tokenizer = random.Random(0), toy_world.build_tokenizer()
-    sizes = {"vocab_size": len(toy_world.vocabulary()), "hidden_size": 32, "intermediate_size": 64}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    special = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-    config = LlamaConfig(**sizes, **special, max_position_embeddings=512)
+def write_models(folder: str, config) -> None:
+    """policy, reward and cost in `folder`, with the toy's tokenizer."""
     AutoModelForCausalLM.from_config(config).save_pretrained(f"{folder}/policy")
-    tokenizer.save_pretrained(f"{folder}/policy")
+    toy_world.build_tokenizer().save_pretrained(f"{folder}/policy")
     for kind in ("reward", "cost"):
         model = load_score_model(f"{folder}/policy", kind, new_head=True)
         save_score_model(model, model.state_dict(), f"{folder}/{kind}")
-        tokenizer.save_pretrained(f"{folder}/{kind}")
-    prompts = toy_world.split_prompts()[0][::20]
+        toy_world.build_tokenizer().save_pretrained(f"{folder}/{kind}")
+
+
+def write_data(folder: str, every: int) -> None:
+    """sft.jsonl and pairs.jsonl in `folder`, on every so many-th training prompt."""
+    rng, prompts = random.Random(0), toy_world.split_prompts()[0][::every]
     demonstrations = [{"prompt": p, "response": toy_world.demonstrate(p, rng)} for p in prompts]
     write_jsonl(f"{folder}/sft.jsonl", demonstrations)
     pairs = [(p, toy_world.demonstrate(p, rng), toy_world.random_words(rng)) for p in prompts]
@@ -38,4 +37,9 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(toy_world.vocabulary()), "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    special = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    write_models(sys.argv[1], LlamaConfig(**sizes, **special, max_position_embeddings=512))
+    write_data(sys.argv[1], 20)

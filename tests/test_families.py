@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import random
 import socket
 import weakref
 
@@ -15,8 +14,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 import distributed
 import models
 import toy_world
-from files import read_json, read_jsonl, write_jsonl
+from files import read_json, read_jsonl
 from models import end_scores, generate, load_causal_lm, load_score_model, position_ids, response_mask
+from recipes.rehearsal import write_data
 
 IDS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -157,12 +157,7 @@ def test_every_stage_runs(family, tmp_path, run_in):
     words, tokenizer = len(toy_world.vocabulary()), toy_world.build_tokenizer()
     build(family, words).save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
-    prompts = toy_world.split_prompts()[0][:8]
-    rows = [{"prompt": p, "response": toy_world.best_safe_response(p)} for p in prompts]
-    write_jsonl(f"{tmp_path}/sft.jsonl", rows)
-    pairs = [(row["prompt"], row["response"], "oil " + row["response"]) for row in rows]
-    rng = random.Random(0)
-    write_jsonl(f"{tmp_path}/pairs.jsonl", [toy_world.label_pair(*pair, rng) for pair in pairs])
+    write_data(str(tmp_path), 41)  # 8 of 324 prompts
     small = "--steps 2 --batch-size 4 --micro-batch-size 2 --lr 1e-3 --activation-checkpointing".split()
 
     def stage(script: str, out: str, *flags) -> None:

@@ -1,7 +1,6 @@
 """A run depends neither on the number of processes nor on being killed: 1 process against 2, with and without
 FSDP (gloo), and runs that end by SIGKILL, SIGTERM or a full disk and go on."""
 
-import random
 import resource
 import socket
 import subprocess
@@ -15,7 +14,8 @@ from conftest import ENVIRONMENT, ROOT, Started, finish, timeless
 from safetensors.torch import load_file
 
 import toy_world
-from files import read_jsonl, write_jsonl
+from files import read_jsonl
+from recipes.rehearsal import write_data, write_models
 
 MODEL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODEL |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -50,31 +50,18 @@ RUNS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Policies with random weights, reward and cost models with new heads, and a little data."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+    from transformers import LlamaConfig, Qwen2Config
 
-    from models import load_score_model, save_score_model
-
-    folder, rng = tmp_path_factory.mktemp("processes"), random.Random(0)
+    folder, words = tmp_path_factory.mktemp("processes"), len(toy_world.vocabulary())
     torch.manual_seed(0)
-    prompts = toy_world.split_prompts()[0][::9]
-    demonstrations = [{"prompt": p, "response": toy_world.demonstrate(p, rng)} for p in prompts]
-    write_jsonl(f"{folder}/data/sft.jsonl", demonstrations)
-    rows = [(p, toy_world.demonstrate(p, rng), toy_world.random_words(rng)) for p in prompts]
-    write_jsonl(f"{folder}/data/pairs.jsonl", [toy_world.label_pair(*row, rng) for row in rows])
-    words, tokenizer = len(toy_world.vocabulary()), toy_world.build_tokenizer()
+    write_data(f"{folder}/data", 9)
     configs = {
         "gpt2": toy_world.build_config(),
         "llama": LlamaConfig(vocab_size=words, **MODEL),
         "qwen2": Qwen2Config(vocab_size=words, **MODEL),
     }
     for family, config in configs.items():
-        start = folder / "start" / family
-        AutoModelForCausalLM.from_config(config).save_pretrained(start / "policy")
-        tokenizer.save_pretrained(start / "policy")
-        for kind in ("reward", "cost"):
-            model = load_score_model(str(start / "policy"), kind, new_head=True)
-            save_score_model(model, model.state_dict(), str(start / kind))
-            tokenizer.save_pretrained(start / kind)
+        write_models(f"{folder}/start/{family}", config)
     return folder
 
 
