@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # RePO on Alpaca-7B reproduced on one GPU, with adapters of rank 16: the six 7B models are three sets of frozen bf16 weights.
 # needs      one GPU of 80 GB (by tools.plan 54.9 GiB; 71.1 GiB with a batch of 128), 26 GiB of host memory, 1.5 GB of disk per checkpoint,
-#            27 GB for the final model; hub access to the models and data. By tools.plan also
-#            48 GB  --batch-size 8 --minibatch-size 8 --micro-batch-size 4                           40.6 GiB
-#            24 GB  --batch-size 16 --minibatch-size 16 --micro-batch-size 4 --fsdp --cpu-offload    16.7 GiB, and 64 GiB of host memory
+#            27 GB for the final model; hub access to the models and data. For cards of 48 and 24 GB see docs/scaling.md
 # costs      not measured
 # rehearsed  flags only, by REHEARSAL= on a CPU (see common.sh); never run at this size. The learning rates are ten times those of
 #            repo_7b_8gpu.sh, as is usual for adapters, and not tuned
