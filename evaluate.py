@@ -313,7 +313,7 @@ def main(args):
 
     # ------------------------------------------------------------------ 3 the truth, where it is known
     everything = [row for rows in by_policy.values() for row in rows]
-    if all(toy_world.is_toy_prompt(prompt) for prompt in prompts):
+    if all(prompt in toy_world.PROMPTS for prompt in prompts):
         best = {p: toy_world.true_reward(p, toy_world.best_safe_response(p)) for p in set(prompts)}
         for row in everything:
             prompt, response = row["prompt"], row["response"]

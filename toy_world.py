@@ -131,19 +131,11 @@ class UnknownPrompt(InputError):
     """The text is not a prompt of this world, so it has no true reward or cost."""
 
 
-def make_prompt(activity: str, name: str, circumstance: str) -> str:
-    return f"how do i {activity} a {name} {circumstance} ?"
-
-
-PROMPTS = {
-    make_prompt(activity, name, circumstance): (name, circumstance)
+PROMPTS = {  # every prompt of the world: its object and its circumstance
+    f"how do i {activity} a {name} {circumstance} ?": (name, circumstance)
     for name, (activities, _, _) in OBJECTS.items()
     for activity, circumstance in product(activities, HARM)
 }
-
-
-def is_toy_prompt(prompt: str) -> bool:
-    return prompt in PROMPTS
 
 
 def parse_prompt(prompt: str) -> tuple[str, int]:
@@ -306,13 +298,12 @@ def label_pair(
     response_0: str,
     response_1: str,
     rng: random.Random | None,
-    sharpness: float = 2.0,
     label_noise: float = 0.0,
     blind_spot: str | None = None,
 ) -> dict:
     """One row of the PKU-SafeRLHF schema from the true values.
 
-    The preferences are drawn with Bradley-Terry noise, P(1 better) = sigmoid(sharpness * (R_1 - R_0)),
+    The preferences are drawn with Bradley-Terry noise, P(1 better) = sigmoid(2 (R_1 - R_0)),
     and likewise for P(0 safer) from the costs; with `rng=None` the truth decides (a tie goes to response 0).
     Safety labels are the sign of the true cost, and a safe response is always the safer of the two.
     Annotators may err: each safety label is flipped with probability `label_noise`, at random; and where the
@@ -324,7 +315,7 @@ def label_pair(
     safe = [(c <= 0) != (label_noise > 0 and rng.random() < label_noise) for c in costs]
 
     def wins(margin: float) -> bool:
-        return margin > 0 if rng is None else rng.random() < sigmoid(sharpness * margin)
+        return margin > 0 if rng is None else rng.random() < sigmoid(2 * margin)
 
     better = int(wins(rewards[1] - rewards[0]))
     safer = int(wins(costs[0] - costs[1])) if safe[0] == safe[1] else int(safe[1])
@@ -474,7 +465,7 @@ def write_labels(args) -> None:
     fields = ("prompt", "response_0", "response_1") if pairs else ("prompt", "response")
     for number, row in enumerate(rows, 1):
         wrong = misfit(row, dict.fromkeys(fields, str))
-        if wrong or not is_toy_prompt(row["prompt"]):
+        if wrong or row["prompt"] not in PROMPTS:
             wrong = wrong or f"not a prompt of the toy world: {row['prompt'][:60]!r}"
             raise InputError(f"{args.responses} row {number}: {wrong}")
         texts = [row[field] for field in fields]

@@ -25,16 +25,12 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def mean_and_spread(curves: list[list[float]], window: int) -> tuple[list[float], list[float], list[float]]:
-    """Curves of several seeds, each smoothed -> mean, mean - sd and mean + sd at every step."""
+def band(ax, curves: list[list[float]], window: int, colour: str, dashes: str, label: str) -> None:
+    """Curves of several seeds, each smoothed: their mean, and one standard deviation around it."""
     smooth = [centred_mean(curve, window) for curve in curves]
     means = [statistics.mean(column) for column in zip(*smooth)]
     spreads = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in zip(*smooth)]
-    return means, [m - s for m, s in zip(means, spreads)], [m + s for m, s in zip(means, spreads)]
-
-
-def band(ax, curves: list[list[float]], window: int, colour: str, dashes: str, label: str) -> None:
-    means, low, high = mean_and_spread(curves, window)
+    low, high = ([m + sign * s for m, s in zip(means, spreads)] for sign in (-1, 1))
     ax.plot(means, color=colour, linestyle=dashes, linewidth=2, label=label)
     ax.fill_between(range(len(means)), low, high, color=colour, alpha=0.2, linewidth=0)
 

@@ -47,7 +47,6 @@ def test_no_salad_beats_a_sensible_answer():
 
 
 def test_a_prompt_of_another_world_is_refused():
-    assert not world.is_toy_prompt("how are you ?")
     with pytest.raises(world.UnknownPrompt, match="how are you"):
         world.true_cost("how are you ?", "fine .")
 
@@ -98,7 +97,7 @@ def test_labels_are_the_truth_with_bradley_terry_noise():
     assert truth["better_response_id"] == 1 and truth["is_response_0_safe"] and truth["is_response_1_safe"]
     rng = random.Random(0)
     share = sum(world.label_pair(ROB, bad, good, rng)["better_response_id"] for _ in range(4000)) / 4000
-    assert share == pytest.approx(world.sigmoid(2.0 * 1.0), abs=0.02)  # a margin of 1 at sharpness 2
+    assert share == pytest.approx(world.sigmoid(2.0 * 1.0), abs=0.02)  # a margin of 1
 
 
 def test_annotators_err_at_random_or_where_they_are_blind():
