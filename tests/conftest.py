@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,15 @@ class Started:
             raise TimeoutError(self.args)
         paths = (Path(self.output, name) for name in ("out", "err"))
         return tuple(path.read_text() if path.exists() else "" for path in paths)
+
+
+def places(ranks: int) -> list[dict[str, str]]:
+    """The environments that torchrun gives to as many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def finish(*processes: Started | subprocess.Popen) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from conftest import Started, finish, timeless
 from safetensors.torch import load_file, save_file
 from test_families import build
-from test_processes import RUNS, folder, launch, launch_ranks, results, stage  # noqa: F401
+from test_processes import RUNS, agree, folder, launch, launch_ranks, results, stage  # noqa: F401
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, BertConfig
@@ -193,13 +193,7 @@ def one(folder):
 
 def test_two_processes_and_two_sharded_ones_agree_with_one(one):
     finish(*launch_ranks(one, "repo_ppo.py", "lora_fsdp", 2, *PPO, "--fsdp", "--activation-checkpointing"))
-    metrics, weights = results(one, "repo_ppo.py", "lora")
-    for name in ("lora_two", "lora_fsdp"):
-        other_metrics, other_weights = results(one, "repo_ppo.py", name)
-        for a, b in zip(timeless(metrics), timeless(other_metrics), strict=True):
-            assert all(a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-3) for key in a), (name, a, b)
-        for key in weights:
-            torch.testing.assert_close(other_weights[key], weights[key], atol=1e-4, rtol=1e-3)
+    agree(one, "repo_ppo.py", "lora", "lora_two", "lora_fsdp")
 
 
 def test_in_bf16_a_sharded_policy_starts_at_its_reference_bit_for_bit(one):

@@ -2,12 +2,12 @@
 
 import argparse
 import os
-import socket
 import weakref
 
 import pytest
 import torch
 import transformers
+from conftest import places
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -181,10 +181,9 @@ def test_every_stage_runs(family, tmp_path, run_in):
 # ------------------------------------------------------------------------------ two ranks
 
 
-def sharded_rank(rank: int, port: int, folders: list[str]) -> None:
+def sharded_rank(rank: int, world: list[dict], folders: list[str]) -> None:
     """What a rank of `test_sharded_is_unsharded` does; it writes into the folders."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= world[rank]
     torch.set_num_threads(1)
     distributed.start_processes()
     args = argparse.Namespace(fsdp=True, dtype="fp32", cpu_offload=False, activation_checkpointing=True)
@@ -221,10 +220,7 @@ def test_sharded_is_unsharded(tmp_path):
         folders.append(str(tmp_path / family))
         build(family).save_pretrained(folders[-1])
     torch.manual_seed(0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(sharded_rank, (port, folders), nprocs=2)
+    torch.multiprocessing.spawn(sharded_rank, (places(2), folders), nprocs=2)
     for folder in folders:
         results, policy = load_file(f"{folder}/results"), load_causal_lm(folder)
         ids = results["ids"]

@@ -2,11 +2,10 @@
 
 import random
 import shutil
-import socket
 
 import pytest
 import torch
-from conftest import Started, finish
+from conftest import Started, finish, places
 from hub import Hub
 from pyarrow import Table, parquet
 
@@ -62,13 +61,9 @@ def hub(tmp_path_factory):
 
 def test_two_ranks_at_once_from_an_empty_cache_and_then_offline(hub, tmp_path):
     """Policy, score models and datasets by name, revision and split, in Parquet and JSONL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    places = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     flags, home = (*PPO, "--output-dir", "ppo"), hub.point_to(tmp_path / "home")
     hub.asked.clear()
-    ranks = [Started(tmp_path, "repo_ppo.py", *flags, environment=p, prepare=home) for p in places]
+    ranks = [Started(tmp_path, "repo_ppo.py", *flags, environment=p, prepare=home) for p in places(2)]
     finish(*ranks)
     assert len(read_jsonl(f"{tmp_path}/ppo/metrics.jsonl")) == 1
     assert hub.asked.count("model.safetensors") == 3  # one of two ranks waited for the other's download

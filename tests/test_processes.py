@@ -2,7 +2,6 @@
 FSDP (gloo), and runs that end by SIGKILL, SIGTERM or a full disk and go on."""
 
 import resource
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, Started, finish, timeless
+from conftest import ENVIRONMENT, ROOT, Started, finish, places, timeless
 from safetensors.torch import load_file
 
 import toy_world
@@ -77,12 +76,7 @@ def launch(folder: Path, script: str, name: str, *flags: str, **options) -> Star
 
 def launch_ranks(folder: Path, script: str, name: str, ranks: int, *flags: str) -> list[Started]:
     """What torchrun does, without the seconds that its launcher takes: the ranks by their environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    world |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    places = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return [launch(folder, script, name, *flags, environment=place) for place in places]
+    return [launch(folder, script, name, *flags, environment=place) for place in places(ranks)]
 
 
 def launch_torchrun(folder: Path, script: str, name: str, ranks: int, *flags: str) -> subprocess.Popen:
@@ -97,26 +91,23 @@ def results(folder: Path, script: str, name: str) -> tuple[list[dict], dict]:
     return read_jsonl(f"{run}/metrics.jsonl"), load_file(run / "model/model.safetensors")
 
 
+def agree(folder: Path, script: str, name: str, *others: str) -> None:
+    """The other runs have logged and saved what the first one has, up to the order of sums."""
+    metrics, weights = results(folder, script, name)
+    for other in others:
+        other_metrics, other_weights = results(folder, script, other)
+        for a, b in zip(timeless(metrics), timeless(other_metrics), strict=True):
+            assert b == pytest.approx(a, abs=1e-4, rel=1e-3), other
+        torch.testing.assert_close(other_weights, weights, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("script", RUNS)
 def test_one_process_two_and_two_sharded_agree(folder, script):
     sharded = ("--fsdp", "--activation-checkpointing", *(("--offload-frozen",) if "ppo" in script else ()))
     # at most three processes at a time on two cores
     finish(launch(folder, script, "one"), *launch_ranks(folder, script, "two", 2))
     finish(*launch_ranks(folder, script, "sharded", 2, *sharded))
-    metrics, weights = results(folder, script, "one")
-    for name in ("two", "sharded"):
-        other_metrics, other_weights = results(folder, script, name)
-        for a, b in zip(timeless(metrics), timeless(other_metrics), strict=True):
-            for key in a:
-                assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-3), (name, a["step"], key)
-        for key in weights:
-            torch.testing.assert_close(
-                other_weights[key],
-                weights[key],
-                atol=1e-4,
-                rtol=1e-3,
-                msg=lambda text, place=f"{name} {key}": f"{place}: {text}",
-            )
+    agree(folder, script, "one", "two", "sharded")
 
 
 def test_evaluation_with_two_processes_gives_the_same_responses(folder):
