@@ -80,10 +80,8 @@ def fake_run(world: int):
             dist.destroy_process_group()
 
 
-def tracked(config, args, world: int) -> dict[str, float]:
-    """Phase -> peak bytes of rank 0 by the memory tracker."""
-    rows, response, small = args.batch_size // world, args.max_new_tokens, args.micro_batch_size
-    width = args.max_length - response
+def six_models(config, args) -> tuple:
+    """repo_ppo.py's own six, of this configuration, with random weights."""
 
     def language_model(path: str, dtype, on_meta: bool):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -91,11 +89,16 @@ def tracked(config, args, world: int) -> dict[str, float]:
     def score_model(path: str, kind: str, new_head: bool = False, *, dtype, on_meta: bool):
         return ScoreModel(AutoModel.from_config(config, dtype=dtype), kind)
 
-    with (
-        fake_run(world),
-        mock.patch.multiple(repo_ppo, load_causal_lm=language_model, load_score_model=score_model),
-    ):
-        models = repo_ppo.six_models(args)
+    with mock.patch.multiple(repo_ppo, load_causal_lm=language_model, load_score_model=score_model):
+        return repo_ppo.six_models(args)
+
+
+def tracked(config, args, world: int) -> dict[str, float]:
+    """Phase -> peak bytes of rank 0 by the memory tracker."""
+    rows, response, small = args.batch_size // world, args.max_new_tokens, args.micro_batch_size
+    width = args.max_length - response
+    with fake_run(world):
+        models = six_models(config, args)
         policy, _, _, _, *critics = models
         trained = dict(zip(("policy", "reward_critic", "cost_critic"), (policy, *critics)))
         optimizers = {name: runs.adamw(model, 1e-5, 0.01) for name, model in trained.items()}

@@ -7,31 +7,19 @@ optimizers after a step. Bytes are counted by storage, so that what two models s
 """
 
 import os
-import sys
 import tempfile
 from pathlib import Path
-from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from plan_rehearsal import six_models  # and the way to the modules at the top
+from torch import nn
+from transformers import GPT2Config
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config  # noqa: E402
-
-import repo_ppo  # noqa: E402
-import runs  # noqa: E402
-from models import ScoreModel  # noqa: E402
+import repo_ppo
+import runs
 
 MIB = 1 << 20
 CONFIG = GPT2Config()  # 124 million parameters
-
-
-def language_model(path: str, dtype, on_meta: bool):
-    return AutoModelForCausalLM.from_config(CONFIG, dtype=dtype)
-
-
-def score_model(path: str, kind: str, new_head: bool = False, *, dtype, on_meta: bool):
-    return ScoreModel(AutoModel.from_config(CONFIG, dtype=dtype), kind)
 
 
 def held(tensors) -> float:
@@ -45,8 +33,7 @@ def measure(rank: int, dtype: str) -> tuple[int, float, float, float]:
     with tempfile.TemporaryDirectory() as folder:
         own = "--model m --reward-model r --cost-model c --dataset d --ptx-dataset p --output-dir".split()
         args = repo_ppo.parse_args([*own, folder, "--lora-rank", str(rank), "--dtype", dtype])
-        with mock.patch.multiple(repo_ppo, load_causal_lm=language_model, load_score_model=score_model):
-            models = [m for m in repo_ppo.six_models(args) if isinstance(m, nn.Module)]  # views hold nothing
+        models = [m for m in six_models(CONFIG, args) if isinstance(m, nn.Module)]  # views hold nothing
         trained = {}
         for name, model in zip(("policy", "reward_critic", "cost_critic"), (models[0], *models[-2:])):
             trained[name] = model, runs.adamw(model, 1e-5, 0.01)
