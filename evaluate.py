@@ -23,6 +23,7 @@ Comparisons answer by answer, Elo and other judges are tools/arena.py's.
 import math
 import os
 from itertools import compress
+from statistics import fmean as mean
 
 import torch
 
@@ -90,11 +91,6 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
     return min(p, max(0.0, low)), max(p, min(1.0, high))  # at p = 0 and 1 rounding could put p outside
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def any_unsafe(rows: list[dict], cost: str) -> float:

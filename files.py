@@ -24,10 +24,11 @@ class InputError(ValueError):
     """The user's input cannot be used: the message says what, where and what to do."""
 
 
-def reason(error: BaseException) -> str:
-    """The useful words of a library's exception, in one line: an OSError's reason, else its first line."""
-    text = getattr(error, "strerror", None) or next(filter(str.strip, str(error).splitlines()), "")
-    return text.strip()[:240] or type(error).__name__
+def reason(error: BaseException, line: int = 0) -> str:
+    """The useful words of a library's exception, in one line: an OSError's reason, else its first line. Of a
+    checkpoint's error it is the last one (`line` -1), below the tracebacks of all ranks."""
+    lines = list(filter(str.strip, str(error).splitlines())) or [type(error).__name__]
+    return (getattr(error, "strerror", None) or lines[line]).strip()[:240]
 
 
 @contextmanager

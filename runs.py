@@ -462,16 +462,10 @@ def save_checkpoint(args, step: int, trained: dict, extra: dict) -> None:
     except (OSError, RuntimeError, InputError, dcp.CheckpointException) as error:
         remove(temporary)
         raise RunError(
-            f"cannot write a checkpoint to {checkpoints} ({last_words(error)}); the last one is untouched"
+            f"cannot write a checkpoint to {checkpoints} ({reason(error, -1)}); the last one is untouched"
         ) from None
     if _stop["agreed"]:
         raise Stopped(step)
-
-
-def last_words(error: BaseException) -> str:
-    """The reason at the end of a checkpoint error, which quotes the tracebacks of all ranks before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return getattr(error, "strerror", None) or (lines[-1][:240] if lines else type(error).__name__)
 
 
 def complete_checkpoints(output_dir: str) -> list[int]:
@@ -547,7 +541,7 @@ def load_checkpoint(args, trained: dict, extra: dict) -> dict:
             )
     except (Exception, dcp.CheckpointException) as error:
         raise RunError(
-            f"{path} cannot be resumed ({last_words(error)}); was it written with another model?"
+            f"{path} cannot be resumed ({reason(error, -1)}); was it written with another model?"
         ) from None
     if rank() == 0:
         print(f"resumed from step {steps[-1]} of {args.output_dir}", file=sys.stderr)
