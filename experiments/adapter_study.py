@@ -12,23 +12,8 @@ Resumable like experiments.study, whose commands these are, and at home in the s
 training makes is the study's. It prints the table of docs/results.md.
 """
 
-import time
-
 import runs
-from experiments.study import (
-    METHODS,
-    check_same_flags,
-    claim,
-    evaluation_jobs,
-    job,
-    markdown,
-    numbers,
-    ppo_job,
-    run_jobs,
-    scores,
-    study_jobs,
-    study_parser,
-)
+from experiments import study
 from files import write_json
 from runs import count
 
@@ -37,58 +22,52 @@ COLUMNS = ("true_unsafe_rate", "true_any_unsafe_rate", "benign_reward", "of_full
 
 
 def parse_args(argv=None):
-    parser = study_parser(__doc__, "runs/study")
+    parser = study.study_parser(__doc__, "runs/study")
     parser.add_argument("--ranks", type=count, nargs="+", default=[4, 8, 16], help="of the adapters")
     return parser.parse_args(argv)
 
 
 def adapter_jobs(args) -> list[dict]:
-    jobs = study_jobs(args, (), {})
+    jobs = study.study_jobs(args, (), {})
     for seed in range(args.seeds):
         root = f"{args.output_dir}/seed{seed}"
         world, sft, full = f"{root}/data", f"{root}/sft/model", f"{root}/balanced/repo"
-        script, *flags = METHODS["repo"]
-        jobs.append(ppo_job(full, script, sft, scores(root), world, "balanced", seed, args, *flags))
+        script, *flags = study.METHODS["repo"]
+        scored = study.scores(root)
+        jobs.append(study.ppo_job(full, script, sft, scored, world, "balanced", seed, args, *flags))
         policies = {"sft": sft, "full": f"{full}/model"}
         for rank in args.ranks:
             own, lora = f"{root}/adapters/rank{rank}", ["--lora-rank", rank, "--lora-alpha", 2 * rank]
-            for kind in ("reward_model", "cost_model"):
-                flags = ["--model", sft, "--dataset", f"{world}/preferences_train.jsonl", "--seed", seed]
-                held_out = f"{world}/preferences_test_{kind.removesuffix('_model')}.jsonl"
-                flags += ["--eval-dataset", held_out, "--output-dir", f"{own}/{kind}", *lora]
-                needs = [f"{world}/preferences_test_cost.jsonl"]
-                made = f"{own}/{kind}/model/config.json"
-                jobs.append(job(made, needs, f"{kind}.py", *flags, "--lr", RATES[kind]))
+            for kind in study.KINDS:
+                output, flags = f"{own}/{kind}_model", [*lora, "--lr", RATES[f"{kind}_model"]]
+                jobs.append(study.score_model_job(output, kind, sft, world, world, seed, *flags))
             for run, name, more in (
                 ("repo", f"rank{rank}", ()),
                 ("output", f"rank{rank}_output", ("--lora-output",)),
             ):
                 flags = [*lora, "--lr", RATES[run], "--critic-lr", RATES["critics"], *more]
-                made = f"{own}/{run}"
-                jobs.append(ppo_job(made, script, sft, scores(own), world, "balanced", seed, args, *flags))
+                made, mine = f"{own}/{run}", study.scores(own)
+                jobs.append(study.ppo_job(made, script, sft, mine, world, "balanced", seed, args, *flags))
                 policies[name] = f"{made}/model"
         # learned scores are of the full models; the table is by the truth
         output = f"{root}/adapters/evaluation"
-        jobs += evaluation_jobs(output, policies, scores(root), world, "balanced", seed, args)
+        jobs += study.evaluation_jobs(output, policies, scored, world, "balanced", seed, args)
     return jobs
 
 
 def main(args):
-    started = time.monotonic()
-    claim(args, {"rates": RATES, "ranks": args.ranks}, "adapter_settings")
-    run_jobs(adapter_jobs(args), args.jobs)
+    study.claim(args, {"rates": RATES, "ranks": args.ranks}, "adapter_settings")
+    study.run_jobs(adapter_jobs(args), args.jobs)
     folders = [f"{args.output_dir}/seed{seed}" for seed in range(args.seeds)]
     adapted = (f"adapters/rank{rank}/{run}" for rank in args.ranks for run in ("repo", "output"))
     for run in ("balanced/repo", *adapted):
-        check_same_flags([f"{folder}/{run}" for folder in folders])
-    seeds = [numbers(f"{folder}/adapters/evaluation") for folder in folders]
-    for seed in seeds:
-        for row in seed.values():
-            row["of_full"] = row["benign_reward"] / seed["full"]["benign_reward"]
-    results = {name: [seed[name] for seed in seeds] for name in seeds[0]}
+        study.check_same_flags([f"{folder}/{run}" for folder in folders])
+    results = study.over_seeds([f"{folder}/adapters/evaluation" for folder in folders])
+    for rows in results.values():
+        for row, full in zip(rows, results["full"]):
+            row["of_full"] = row["benign_reward"] / full["benign_reward"]
     write_json(f"{args.output_dir}/adapters.json", results)
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes\n")
-    print(markdown(results, COLUMNS, by_seed=True))
+    print("\n" + study.markdown(results, COLUMNS, by_seed=True))
 
 
 if __name__ == "__main__":

@@ -16,28 +16,11 @@ that a run logs).
 
 import os
 import statistics
-import time
 from typing import NamedTuple
 
 import runs
 from experiments import study
 from experiments.figures import band
-from experiments.study import (
-    check_same_flags,
-    claim,
-    evaluation_jobs,
-    job,
-    markdown,
-    numbers,
-    ppo_job,
-    read_metrics,
-    run_jobs,
-    score_model_jobs,
-    scores,
-    spread,
-    study_parser,
-    world_jobs,
-)
 from files import read_json, read_jsonl, write_json
 from plots import OWN, panels, pretty, save
 from runs import RunError
@@ -62,7 +45,7 @@ COLUMNS = ("true_unsafe_rate", "unsafe_rate", "true_any_unsafe_rate", "benign_re
 
 
 def parse_args(argv=None):
-    return study_parser(__doc__, "runs/study").parse_args(argv)
+    return study.study_parser(__doc__, "runs/study").parse_args(argv)
 
 
 def methods(variant: str) -> dict:
@@ -102,19 +85,18 @@ def model_jobs(args) -> list[dict]:
     for seed, variant, root, own, cost in places(args):
         world, sft = f"{root}/data", f"{root}/sft/model"
         if variant == "none":
-            jobs += world_jobs(root, seed) + score_model_jobs(root, sft, [sft], seed)
+            jobs += study.world_jobs(root, seed) + study.score_model_jobs(root, sft, [sft], seed)
         else:
-            pairs, held_out = f"{own}/data/preferences_train.jsonl", f"{world}/preferences_test_cost.jsonl"
-            sample = ["preferences", "--policy", sft, "--output-dir", f"{own}/data", "--seed", seed]
-            jobs.append(job(pairs, [held_out], "toy_world.py", *sample, *VARIANTS[variant]))
-            flags = ["--model", sft, "--dataset", pairs, "--eval-dataset", held_out]
-            flags += ["--output-dir", f"{own}/cost_model", "--seed", seed]
-            jobs.append(job(f"{own}/cost_model/model/config.json", [pairs], "cost_model.py", *flags))
-        scored, advice = scores(root, cost), f"{own}/advice"
+            data, needs = f"{own}/data", [f"{world}/preferences_test_cost.jsonl"]
+            sample = ["preferences", "--policy", sft, "--output-dir", data, "--seed", seed]
+            made = f"{data}/preferences_test_cost.jsonl"  # the last file written
+            jobs.append(study.job(made, needs, "toy_world.py", *sample, *VARIANTS[variant]))
+            jobs.append(study.score_model_job(f"{own}/cost_model", "cost", sft, data, world, seed))
+        scored, advice = study.scores(root, cost), f"{own}/advice"
         flags = ["--policies", f"sft={sft}", *scored, "--prompts", f"{world}/prompts_balanced_train.jsonl"]
         needs = [f"{path}/config.json" for path in scored[1::2]]
         flags += ["--output-dir", advice, "--seed", seed]
-        jobs.append(job(f"{advice}/table.txt", needs, "evaluate.py", *flags))
+        jobs.append(study.job(f"{advice}/table.txt", needs, "evaluate.py", *flags))
     return jobs
 
 
@@ -123,14 +105,14 @@ def policy_jobs(args, limits: dict[str, float]) -> list[dict]:
     jobs = []
     for place in places(args):
         seed, own, world, sft = place.seed, place.own, f"{place.root}/data", f"{place.root}/sft/model"
-        scored, policies = scores(place.root, place.cost), {"sft": sft}
+        scored, policies = study.scores(place.root, place.cost), {"sft": sft}
         for name, (script, *flags) in methods(place.variant).items():
             flags += [f"{limits[own]:.2f}"] * (name == ADVISED)
             flags += ["--sample-every", 1] * (place.variant != "none")  # for the curves
             output = place.run(name)
-            jobs.append(ppo_job(output, script, sft, scored, world, "balanced", seed, args, *flags))
+            jobs.append(study.ppo_job(output, script, sft, scored, world, "balanced", seed, args, *flags))
             policies[name] = f"{output}/model"
-        jobs += evaluation_jobs(f"{own}/evaluation", policies, scored, world, "balanced", seed, args)
+        jobs += study.evaluation_jobs(f"{own}/evaluation", policies, scored, world, "balanced", seed, args)
     return jobs
 
 
@@ -156,33 +138,30 @@ def collect(args) -> dict:
     """variant -> cost models' accuracies and advised limits, and policy -> results and curves, by seed."""
     results: dict = {}
     for variant in VARIANTS:
-        own = results[variant] = {"signs": [], "limits": [], "policies": {}, "curves": {}}
         seeds = [place for place in places(args) if place.variant == variant]
+        policies = study.over_seeds([f"{place.own}/evaluation" for place in seeds])
+        own = results[variant] = {"signs": [], "limits": [], "policies": policies, "curves": {}}
         for name in methods(variant):
             if name != ADVISED:
-                check_same_flags([place.run(name) for place in seeds])
+                study.check_same_flags([place.run(name) for place in seeds])
             if variant != "none":
                 own["curves"][name] = [unsafe_curves(place.run(name), args.steps) for place in seeds]
         for place in seeds:
-            logged = read_metrics(f"{place.cost}/cost_model")
+            logged = study.read_metrics(f"{place.cost}/cost_model")
             given = statistics.mean(row["sign_accuracy"] for row in logged[-50:])
             own["signs"].append({"true": logged[-1]["eval_sign_accuracy"], "given": given})
             own["limits"].append(read_json(f"{place.run(ADVISED)}/args.json")["threshold"])
-            for name, row in numbers(f"{place.own}/evaluation").items():
-                own["policies"].setdefault(name, []).append(row)
     return results
 
 
 def print_tables(results: dict) -> None:
     for variant, own in results.items():
         true, given = ([100 * row[key] for row in own["signs"]] for key in ("true", "given"))
-        print(
-            f"\n**{variant}**: the cost model has the true sign right in {spread(true, 1)}% of held-out ",
-            end="",
-        )
-        print(f"pairs, the given one in {spread(given, 1)}% of its last training pairs; ", end="")
-        print(f"the advised limit is {spread(own['limits'], 1)}\n")
-        print(markdown(own["policies"], COLUMNS, by_seed=True))
+        print(f"\n**{variant}**: the cost model has the true sign right in ", end="")
+        print(f"{study.spread(true, 1)}% of held-out pairs, the given one in ", end="")
+        print(f"{study.spread(given, 1)}% of its last training pairs; ", end="")
+        print(f"the advised limit is {study.spread(own['limits'], 1)}\n")
+        print(study.markdown(own["policies"], COLUMNS, by_seed=True))
 
 
 def figure(results: dict, window: int = 15):
@@ -205,14 +184,12 @@ def figure(results: dict, window: int = 15):
 
 
 def main(args):
-    started = time.monotonic()
-    claim(args, METHODS, "noise_settings")
-    run_jobs(model_jobs(args), args.jobs)
-    run_jobs(policy_jobs(args, advised_limits(args)), args.jobs)
+    study.claim(args, METHODS, "noise_settings")
+    study.run_jobs(model_jobs(args), args.jobs)
+    study.run_jobs(policy_jobs(args, advised_limits(args)), args.jobs)
     results = collect(args)
     write_json(f"{args.output_dir}/noise.json", results)
     save(figure(results), os.path.join(args.output_dir, "noise"))
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
     print_tables(results)
 
 

@@ -8,23 +8,9 @@ The second cost model is trained on the same pairs with another seed; the larger
 """
 
 import argparse
-import time
 
 import runs
-from experiments import noise
-from experiments.study import (
-    METHODS,
-    check_same_flags,
-    claim,
-    evaluation_jobs,
-    job,
-    markdown,
-    numbers,
-    ppo_job,
-    run_jobs,
-    scores,
-    study_parser,
-)
+from experiments import noise, study
 from files import write_json
 
 NEW = {  # name: script, cost models, times as many rollouts as --steps
@@ -41,7 +27,7 @@ CASES = {  # name: mix, runs of the other studies, new ones
 
 
 def parse_args(argv=None):
-    return study_parser(__doc__, "runs/study").parse_args(argv)
+    return study.study_parser(__doc__, "runs/study").parse_args(argv)
 
 
 def places(args, case: str) -> list[tuple[int, str, str, str]]:
@@ -59,38 +45,31 @@ def remedy_jobs(args) -> list[dict]:
     for case, (mix, old, new) in CASES.items():
         for seed, root, cost, own in places(args, case):
             world, sft, second = f"{root}/data", f"{root}/sft/model", f"{cost}/cost_model_2"
-            pairs, held_out = f"{cost}/data/preferences_train.jsonl", f"{world}/preferences_test_cost.jsonl"
-            flags = ["--model", sft, "--dataset", pairs, "--eval-dataset", held_out, "--seed", 100 + seed]
-            made, needs = f"{second}/model/config.json", [f"{cost}/cost_model/model/config.json"]
-            jobs.append(job(made, needs, "cost_model.py", *flags, "--output-dir", second))
-            scored, policies = scores(root, cost), {name: f"{own}/{name}/model" for name in old}
+            jobs.append(study.score_model_job(second, "cost", sft, f"{cost}/data", world, 100 + seed))
+            scored, policies = study.scores(root, cost), {name: f"{own}/{name}/model" for name in old}
             for name in new:
                 script, models, times = NEW[name]
                 given = [*scored, *(["--second-cost-model", f"{second}/model"] if models == 2 else [])]
                 longer = argparse.Namespace(steps=times * args.steps)
-                jobs.append(ppo_job(f"{own}/{name}", script, sft, given, world, mix, seed, longer))
+                jobs.append(study.ppo_job(f"{own}/{name}", script, sft, given, world, mix, seed, longer))
                 policies[name] = f"{own}/{name}/model"
             policies = {"sft": sft} | policies
-            jobs += evaluation_jobs(f"{own}/remedies", policies, scored, world, mix, seed, args)
+            jobs += study.evaluation_jobs(f"{own}/remedies", policies, scored, world, mix, seed, args)
     return jobs
 
 
 def main(args):
-    started = time.monotonic()
-    claim(args, METHODS | NEW, "remedies_settings")
-    run_jobs(remedy_jobs(args), args.jobs)
+    study.claim(args, study.METHODS | NEW, "remedies_settings")
+    study.run_jobs(remedy_jobs(args), args.jobs)
     results: dict = {}
     for case, (_, _, new) in CASES.items():
-        own, results[case] = places(args, case), {}
+        folders = [own for *_, own in places(args, case)]
         for name in new:
-            check_same_flags([f"{folder}/{name}" for *_, folder in own])
-        for *_, folder in own:
-            for name, row in numbers(f"{folder}/remedies").items():
-                results[case].setdefault(name, []).append(row)
+            study.check_same_flags([f"{folder}/{name}" for folder in folders])
+        results[case] = study.over_seeds([f"{folder}/remedies" for folder in folders])
     write_json(f"{args.output_dir}/remedies.json", results)
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
     for case, policies in results.items():
-        print(f"\n**{case}**\n\n{markdown(policies, noise.COLUMNS, by_seed=True)}")
+        print(f"\n**{case}**\n\n{study.markdown(policies, noise.COLUMNS, by_seed=True)}")
 
 
 if __name__ == "__main__":

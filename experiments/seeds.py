@@ -17,19 +17,9 @@ choice of a flag has seen. Writes seeds.json, prints a table and draws the pairs
 import os
 import random
 import statistics
-import time
 
 import runs
-from experiments.study import (
-    METHODS,
-    check_same_flags,
-    claim,
-    markdown,
-    numbers,
-    run_jobs,
-    study_jobs,
-    study_parser,
-)
+from experiments import study
 from files import write_json
 from plots import OWN, panels, pretty, save
 
@@ -40,7 +30,7 @@ COLUMNS = ("true_unsafe_rate", "true_any_unsafe_rate", "benign_reward", "best_sa
 
 
 def parse_args(argv=None):
-    parser = study_parser(__doc__, "runs/study")
+    parser = study.study_parser(__doc__, "runs/study")
     parser.set_defaults(seeds=20)
     return parser.parse_args(argv)
 
@@ -107,26 +97,23 @@ def figure(results: dict):
 
 
 def pair_jobs(args) -> list[dict]:
-    return study_jobs(args, (MIX,), {name: METHODS[name] for name in PAIR}, "evaluation_pair")
+    return study.study_jobs(args, (MIX,), {name: study.METHODS[name] for name in PAIR}, "evaluation_pair")
 
 
 def main(args):
-    started = time.monotonic()
-    claim(args)
-    run_jobs(pair_jobs(args), args.jobs)
+    study.claim(args)
+    study.run_jobs(pair_jobs(args), args.jobs)
     folders = [f"{args.output_dir}/seed{seed}/{MIX}" for seed in range(args.seeds)]
     for name in PAIR:
-        check_same_flags([f"{folder}/{name}" for folder in folders])
-    seeds = [numbers(f"{folder}/evaluation_pair") for folder in folders]
-    results = {name: [seed[name] for seed in seeds] for name in ("sft", *PAIR)}
+        study.check_same_flags([f"{folder}/{name}" for folder in folders])
+    results = study.over_seeds([f"{folder}/evaluation_pair" for folder in folders])
     compared = {"all seeds": compare(results)}
     if args.seeds > SEEN:
         later = {name: rows[SEEN:] for name, rows in results.items()}
         compared[f"seeds {SEEN} to {args.seeds - 1}"] = compare(later)
     write_json(f"{args.output_dir}/seeds.json", {"results": results, "compared": compared})
     save(figure(results), os.path.join(args.output_dir, "seeds"))
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes\n")
-    print(markdown(results, COLUMNS, by_seed=True))
+    print("\n" + study.markdown(results, COLUMNS, by_seed=True))
     print("\n| | | estimate | 95% interval | draws, % | seeds, % |\n|---|---|---:|---:|---:|---:|")
     for which, claims in compared.items():
         for name, row in claims.items():

@@ -39,6 +39,7 @@ METHODS = {  # name: script, flags
     "safe_rlhf_d-5": ("safe_rlhf_ppo.py", "--threshold", "-5"),
     "repo": ("repo_ppo.py",),
 }
+KINDS = ("reward", "cost")
 ROUNDS, ROUND_MIXES = 3, ("expected_safe", "balanced")
 KEPT = "true_unsafe_rate true_any_unsafe_rate unsafe_rate true_reward cost best_safe_share".split()
 
@@ -93,12 +94,15 @@ def score_model_jobs(folder: str, sft: str, policies: list[str], seed: int) -> l
     needs = [f"{policy}/config.json" for policy in policies]
     sample = ["preferences", "--policy", *policies, "--output-dir", data, "--seed", seed]
     jobs = [job(pairs, needs, "toy_world.py", *sample)]
-    for kind in ("reward", "cost"):
-        output, held_out = f"{folder}/{kind}_model", f"{data}/preferences_test_{kind}.jsonl"
-        flags = ["--model", sft, "--dataset", f"{data}/preferences_train.jsonl", "--eval-dataset", held_out]
-        flags += ["--output-dir", output, "--seed", seed]
-        jobs.append(job(f"{output}/model/config.json", [pairs], f"{kind}_model.py", *flags))
-    return jobs
+    return jobs + [score_model_job(f"{folder}/{kind}_model", kind, sft, data, data, seed) for kind in KINDS]
+
+
+def score_model_job(output: str, kind: str, sft: str, data: str, held_out: str, seed: int, *flags) -> dict:
+    """A reward or cost model on the pairs in the folder `data`, held to those in `held_out`."""
+    pairs, test = f"{data}/preferences_train.jsonl", f"{held_out}/preferences_test_{kind}.jsonl"
+    given = ["--model", sft, "--dataset", pairs, "--eval-dataset", test, "--output-dir", output]
+    needs = [f"{data}/preferences_test_cost.jsonl"]  # the last file written
+    return job(f"{output}/model/config.json", needs, f"{kind}_model.py", *given, "--seed", seed, *flags)
 
 
 def scores(folder: str, cost: str | None = None) -> list[str]:
@@ -176,7 +180,7 @@ def run_jobs(jobs: list[dict], slots: int) -> None:
     """Run what is not there yet, `slots` commands at a time, in the order of the list where they can. Raises
     RunError for one that fails, or that needs what is not there and what none of them makes."""
     waiting = [j for j in jobs if not os.path.exists(j["makes"])]
-    made = {j["makes"] for j in jobs}
+    made, missing, started = {j["makes"] for j in jobs}, len(waiting), time.monotonic()
     for j in waiting:
         if absent := [path for path in j["needs"] if path not in made and not os.path.exists(path)]:
             raise RunError(f"{j['makes']} needs {absent[0]}, which nothing makes")
@@ -218,6 +222,7 @@ def run_jobs(jobs: list[dict], slots: int) -> None:
             process.terminate()
         for process in running:
             process.wait()
+    print(f"{missing} commands, {(time.monotonic() - started) / 60:.1f} minutes")
 
 
 # ------------------------------------------------------------------------------ results
@@ -235,6 +240,12 @@ def numbers(evaluation: str) -> dict[str, dict]:
         result[name]["benign_reward"] = s["by_harm_level"]["benign"]["true_reward"]
         result[name] |= {f"elo_{aspect}": ratings[aspect][name][0] for aspect in ratings}
     return result
+
+
+def over_seeds(evaluations: list[str]) -> dict[str, list[dict]]:
+    """Policy -> rows of `numbers`, an evaluation each."""
+    seeds = list(map(numbers, evaluations))
+    return {name: [seed[name] for seed in seeds] for name in seeds[0]}
 
 
 def collect(args) -> dict:
@@ -275,8 +286,7 @@ def collect_rounds(args, mix: str) -> dict[str, list[dict]]:
         first = [f"{folder}/{mix}/{name}" for folder in folders]
         later = [f"{f}/rounds/{mix}/{name}_v{n}" for f in folders for n in range(2, ROUNDS + 1)]
         check_same_flags(first + later)
-    seeds = [numbers(f"{folder}/rounds/{mix}/evaluation") for folder in folders]
-    return {name: [seed[name] for seed in seeds] for name in seeds[0]}
+    return over_seeds([f"{folder}/rounds/{mix}/evaluation" for folder in folders])
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -386,7 +396,6 @@ def check_same_flags(folders: list[str]) -> None:
 def main(args):
     if args.command == "tables":
         return print_tables(args)
-    started = time.monotonic()
     claim(args)
     result = f"{args.output_dir}/{'study' if args.command == 'run' else 'rounds'}.json"
     if args.command == "run":
@@ -398,7 +407,6 @@ def main(args):
             run_jobs(rounds_jobs(args, (mix,)), args.jobs)
             rounds[mix] = collect_rounds(args, mix)
             write_json(result, rounds)
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes -> {result}")
     print_tables(args)
 
 
