@@ -132,6 +132,15 @@ def test_advantages_row_by_row():
     torch.testing.assert_close(mixed[2:], lagrangian[2:])
 
 
+def test_all_unsafe_is_the_lagrangian_and_all_safe_is_ppo():
+    torch.manual_seed(0)
+    reward_adv, cost_adv = torch.randn(4, 3), torch.randn(4, 3)
+    unsafe = repo_ppo.rectified_advantages(reward_adv, cost_adv, 1.7, torch.ones(4), 0.0)
+    assert torch.equal(unsafe, ppo.lagrangian_advantages(reward_adv, cost_adv, 1.7))
+    safe = repo_ppo.rectified_advantages(reward_adv, cost_adv, 1.7, -torch.ones(4), 0.0)
+    assert torch.equal(safe, reward_adv)
+
+
 def test_a_safe_response_has_no_cost_gradient_under_repo_and_has_one_under_safe_rlhf():
     cost_adv = torch.randn(2, 3, requires_grad=True)
     repo_ppo.rectified_advantages(torch.zeros(2, 3), cost_adv, 3.0, T([-1.0, 1.0]), 0.0).sum().backward()
