@@ -13,10 +13,11 @@ import runs
 from experiments import noise, study
 from files import write_json
 
-NEW = {  # name: cost models, times as many rollouts as --steps
-    "repo_two_costs": (2, 1),
-    "repo_long": (1, 2),
-    "repo_two_costs_long": (2, 2),
+NEW = {  # name: script, cost models, times as many rollouts as --steps
+    "repo_two_costs": ("repo_ppo.py", 2, 1),
+    "repo_long": ("repo_ppo.py", 1, 2),
+    "repo_two_costs_long": ("repo_ppo.py", 2, 2),
+    "safe_rlhf_long": ("safe_rlhf_ppo.py", 1, 2),
 }
 CASES = {  # name: mix, runs of the other studies, new ones
     "expected_safe": ("expected_safe", ("safe_rlhf", "repo"), tuple(NEW)),
@@ -47,12 +48,10 @@ def remedy_jobs(args) -> list[dict]:
             jobs.append(study.score_model_job(second, "cost", sft, f"{cost}/data", world, 100 + seed))
             scored, policies = study.scores(root, cost), {name: f"{own}/{name}/model" for name in old}
             for name in new:
-                models, times = NEW[name]
+                script, models, times = NEW[name]
                 given = [*scored, *(["--second-cost-model", f"{second}/model"] if models == 2 else [])]
                 longer = argparse.Namespace(steps=times * args.steps)
-                jobs.append(
-                    study.ppo_job(f"{own}/{name}", "repo_ppo.py", sft, given, world, mix, seed, longer)
-                )
+                jobs.append(study.ppo_job(f"{own}/{name}", script, sft, given, world, mix, seed, longer))
                 policies[name] = f"{own}/{name}/model"
             policies = {"sft": sft} | policies
             jobs += study.evaluation_jobs(f"{own}/remedies", policies, scored, world, mix, seed, args)
