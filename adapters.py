@@ -117,9 +117,10 @@ def linear_layers(model: nn.Module, wanted: list[str] | None) -> dict[str, nn.Mo
 
 
 def output_layer(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> output layer of a language model; of a score model: {}."""
+    """Name -> output layer of a language model; of a score model: {}. Raises InputError for one that is no
+    linear layer, or beside which other weights are tied."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if type(output) not in (nn.Linear, type(None)):
+    if output is not None and type(output) is not nn.Linear:
         raise InputError(f"--lora-output: the output layer is a {type(output).__name__}, not a linear one")
     found = {name: module for name, module in model.named_modules() if module is output}
     if found and (other := set(model.all_tied_weights_keys) - {f"{name}.weight" for name in found}):
@@ -275,7 +276,7 @@ def saver(args, save):
     def save_both(model: nn.Module, state: dict[str, Tensor], folder: str) -> None:
         save_adapter(args, model, state)
         model.config.dtype = torch.float32
-        if getattr(args, "lora_output", False):
+        if getattr(args, "lora_output", False):  # its weight is no longer the embeddings'
             for config in (model.config, model.config.get_text_config()):
                 config.tie_word_embeddings = False
         save(model, merged(model, state), folder)

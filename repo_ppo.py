@@ -91,6 +91,7 @@ def parse_args(argv=None):
     flag("--lambda-max", type=positive, default=2.0, help="largest multiplier")
     # log
     flag("--sample-every", type=count, default=50, help="print and save samples every N steps")
+    # memory
     flag("--offload-frozen", action="store_true", help="with --fsdp: the frozen models in host memory")
     flag("--lora-output", action="store_true", help="with --lora-rank: adapters of the output layer, too")
     runs.add_run_flags(parser, "runs/demo/repo")

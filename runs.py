@@ -324,8 +324,9 @@ def claim_folder(args) -> None:
     if misfit(before, {"seed": int, "steps": int}):
         raise RunError(f"{args_file}: holds no flags")
     # what the run did not know yet was off; a number had its default, which nothing here knows
-    was = {k: v if type(v) in (int, float) else None for k, v in now.items()} | before
-    changed = [k for k in now if k not in MAY_CHANGE and (now[k] or None) != (was[k] or None)]
+    off = {k: False if v is True else None if isinstance(v, str | list) else v for k, v in now.items()}
+    was = off | before
+    changed = [k for k in now if k not in MAY_CHANGE and now[k] != was[k]]
     if changed and not args.resume_anyway:
         told = ", ".join(f"--{k.replace('_', '-')} {was[k]} -> {now[k]}" for k in changed)
         raise RunError(f"{out} was another run: {told}. Give its flags, or go on by --resume-anyway")

@@ -4,9 +4,9 @@
     python -m experiments.adapter_study --seeds 1 --ranks 8 --output-dir runs/look
 
 Per seed one world and one SFT policy, all of it trained. From there a reward model, a cost model and RePO:
-once with all weights, and per rank with adapters, --lora-alpha twice the rank, the policy's in its blocks
-only and in its output layer, too. RATES are learning rates of adapters, chosen with rank 8 on the training
-prompts of seed 0; full training has its defaults.
+once with all weights, and per rank with adapters, --lora-alpha twice the rank. There RePO runs twice, with
+adapters in the policy's blocks only, and in its output layer as well. RATES are learning rates of adapters,
+chosen with rank 8 on the training prompts of seed 0; full training has its defaults.
 
 Resumable like experiments.study, whose commands these are, and at home in the same folder, where what full
 training makes is the study's. It prints the table of docs/results.md.

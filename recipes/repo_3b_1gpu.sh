@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # RePO on Llama-3.2-3B, as in the second experiment of its paper: a supervised start on Alpaca, then RePO with the Beaver
 # reward and cost models. Their tokenizer is another: responses are retokenized for them, and both critics start from the policy.
-# needs      one GPU and 150 GiB of host memory, which holds weights and optimizer states (and what docs/scaling.md
-#            says of pinned blocks); by tools.plan 16.1 GiB are used on the GPU; hub access to models and data. Every micro-batch moves all weights: few large ones
+# needs      one GPU and 150 GiB of host memory, which holds weights and optimizer states (and what docs/scaling.md says
+#            of pinned blocks); by tools.plan 16.1 GiB are used on the GPU; hub access to models and data. Every micro-batch
+#            moves all weights: few large ones
 # costs      not measured
 # rehearsed  flags only, by REHEARSAL= on a CPU (see common.sh); never run at this size
 set -euo pipefail

@@ -175,9 +175,13 @@ def test_a_resumed_run_has_the_flags_that_it_had(used):
     runs.claim_folder(arguments(used, resume_anyway=True, lr=0.2, model="other"))
     # flags of a later version: as they are when they are not given, and given
     runs.claim_folder(arguments(used, resume=True, ensemble=None, rate=0.1, quick=False))
-    for flag, value in (("ensemble", "folder"), ("quick", True)):
-        with pytest.raises(RunError, match=f"was another run: --{flag} None -> {value}"):
+    for flag, off, value in (("ensemble", None, "folder"), ("quick", False, True)):
+        with pytest.raises(RunError, match=f"was another run: --{flag} {off} -> {value}"):
             runs.claim_folder(arguments(used, resume=True, **{flag: value}))
+    # a price of 0 is not no price
+    (used / "args.json").write_text(json.dumps(vars(arguments(used, reward_shaping=None))))
+    with pytest.raises(RunError, match="--reward-shaping None -> 0.0"):
+        runs.claim_folder(arguments(used, resume=True, reward_shaping=0.0))
     with pytest.raises(RunError, match="has done 3 steps, and --steps 2 asks for fewer"):
         runs.claim_folder(arguments(used, resume=True, steps=2))
 

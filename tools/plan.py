@@ -60,7 +60,7 @@ class Shape:
         layers, part = blocks(model), reading_part(self.config)
         self.layers, self.hidden, self.words = len(layers), part.hidden_size, part.vocab_size
         self.total, self.trained = count_of([model]), count_of([model], trained=True)
-        untied = self.lora.lora_rank and self.lora.lora_output and part.tie_word_embeddings
+        untied = self.lora.lora_rank and self.lora.lora_output and model.all_tied_weights_keys
         self.merged = self.total + (self.words * self.hidden if untied else 0)
         self.block = count_of(layers) // self.layers  # their mean
         self.trained_block = count_of(layers, trained=True) // self.layers
