@@ -15,8 +15,10 @@ A policy that goes on with a saved adapter (--adapter) keeps a copy of it: that 
 The layers are those of the transformer blocks and, with --lora-output, a language model's output layer. Where
 that one shares its weight with the embeddings, only the output changes, and the merged model has two weights.
 
-Left out: dropout before A, trained biases, adapters of embeddings and of fused experts, and quantized frozen
-weights (torch's own int8 product has no backward pass).
+With --quantize int8 a block's W is held in one byte a number (Dettmers et al. 2022, arXiv 2208.07339, without
+its outliers): W ~ diag(s) Q, Q whole numbers, s = max |W| / 127 of each row. Both twins then compute by it.
+
+Left out: dropout before A, trained biases, adapters of embeddings and of fused experts.
 """
 
 import os
@@ -30,6 +32,44 @@ from distributed import blocks
 from files import InputError, misfit, read_json, reading, write_json, writing
 
 
+class RowScaled(torch.autograd.Function):
+    """x (..., in), Q (out, in), s (out,) -> x (diag(s) Q)^T. Autograd would keep Q in the dtype of x; here it
+    keeps the bytes, and makes Q once more in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, q: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(q, s)
+        y = F.linear(x, q.to(x.dtype))
+        return y * s.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        q, s = ctx.saved_tensors
+        return (grad * s.to(grad.dtype)) @ q.to(grad.dtype), None, None
+
+
+class Int8(nn.Module):
+    """A frozen linear layer with its weight in 8 bits: (..., in) -> (..., out)."""
+
+    def __init__(self, layer: nn.Linear | Conv1D):
+        super().__init__()
+        self.bias, self.transposed = layer.bias, isinstance(layer, Conv1D)
+        rows = (layer.weight.T if self.transposed else layer.weight).detach().float()
+        s = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        # not persistent: a checkpoint holds what is trained, and these are made of --model again
+        self.register_buffer("q", (rows / s[:, None]).round().to(torch.int8), persistent=False)
+        self.register_buffer("s", s, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = RowScaled.apply(x, self.q, self.s)
+        return y if self.bias is None else y + self.bias
+
+    def whole(self) -> Tensor:
+        """The weight that it computes by, float32 and shaped as the layer's was, on the host."""
+        rows = (self.q * self.s[:, None]).cpu()
+        return rows.T if self.transposed else rows
+
+
 class Adapter(nn.Module):
     """A frozen linear layer and, while it is `on`, its low-rank term: (..., in) -> (..., out)."""
 
@@ -38,8 +78,8 @@ class Adapter(nn.Module):
     ):
         super().__init__()
         self.base_layer, self.scale, self.on, self.name = layer, alpha / rank, True, name
-        # GPT-2's Conv1D keeps its weight as (in, out)
-        width, out = layer.weight.shape if isinstance(layer, Conv1D) else reversed(layer.weight.shape)
+        self.transposed = isinstance(layer, Conv1D)  # GPT-2's, which keeps its weight as (in, out)
+        width, out = layer.weight.shape if self.transposed else reversed(layer.weight.shape)
         # float32, as all that is trained; A's distribution as in loralib, the paper's own implementation
         start = torch.empty(rank, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
         self.A = nn.Parameter(start.to(layer.weight.device))
@@ -133,9 +173,9 @@ def adapt(model: nn.Module, args, start: str | None = None) -> nn.Module:
     folder `start`. Raises InputError for a rank above a layer's width, or an adapter that does not fit."""
     if not args.lora_rank:
         return model
-    layers = linear_layers(model.requires_grad_(False), args.lora_targets)
-    if getattr(args, "lora_output", False):  # the scripts of score models do not have the flag
-        layers |= output_layer(model)
+    within = linear_layers(model.requires_grad_(False), args.lora_targets)
+    # the scripts of score models do not have the flag
+    layers = within | (output_layer(model) if getattr(args, "lora_output", False) else {})
     if len({id(layer.weight) for layer in layers.values()}) < len(layers):
         raise InputError(f"--lora-rank: {model.config.model_type}'s blocks share weights; adapters part them")
     generator = torch.Generator().manual_seed(torch.initial_seed())  # the same on every rank
@@ -146,6 +186,8 @@ def adapt(model: nn.Module, args, start: str | None = None) -> nn.Module:
             raise InputError(f"--lora-rank {args.lora_rank} is above the width of {name}, {width}: {advice}")
         parent, _, own = name.rpartition(".")
         adapter = Adapter(layer, args.lora_rank, args.lora_alpha, generator, name)
+        if args.quantize and name in within:
+            adapter.base_layer = Int8(layer)
         setattr(model.get_submodule(parent), own, adapter)
     if hasattr(model, "score_head"):
         model.score_head = Head(model.score_head)
@@ -173,8 +215,9 @@ def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, layer in adapted(model).items():
         A, B = whole.pop(f"{name}.A"), whole.pop(f"{name}.B")
         term = layer.scale * B @ A
-        weight = whole.pop(f"{name}.base_layer.weight")
-        whole[f"{name}.weight"] = weight + (term.T if isinstance(layer.base_layer, Conv1D) else term)
+        base = layer.base_layer
+        weight = base.whole() if isinstance(base, Int8) else whole.pop(f"{name}.base_layer.weight")
+        whole[f"{name}.weight"] = weight + (term.T if layer.transposed else term)
         if (bias := whole.pop(f"{name}.base_layer.bias", None)) is not None:
             whole[f"{name}.bias"] = bias
     return {
@@ -213,7 +256,7 @@ def save_adapter(args, model: nn.Module, state: dict[str, Tensor]) -> None:
         "lora_alpha": args.lora_alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
         "target_modules": sorted(layers if args.lora_targets else {n.rpartition(".")[2] for n in layers}),
         "modules_to_save": ["score_head"] if scores else None,
         "inference_mode": True,

@@ -54,9 +54,10 @@ def number(kind: type, wanted: str, fits):
     def parse(text: str):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and fits(value)):
+            good = math.isfinite(value) and fits(value)
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
         return value
 
@@ -177,6 +178,7 @@ def add_run_flags(parser, output_dir: str, training: bool = True, models: bool =
             "--lora-targets", nargs="+", metavar="NAME", help="layers, as q_proj v_proj (else all in blocks)"
         )
         flag("--adapter", type=folder, help="a saved adapter of --model to go on from")
+        flag("--quantize", choices=("int8",), help="hold the frozen weights below adapters in 8 bits")
 
 
 def check_flags(args, ranks: int) -> None:
@@ -192,12 +194,15 @@ def check_flags(args, ranks: int) -> None:
     for name in ("targets", "output"):
         if getattr(args, f"lora_{name}", None) and not args.lora_rank:
             raise RunError(f"--lora-{name} says where adapters go: give their rank by --lora-rank")
-    if getattr(args, "adapter", None) and not args.lora_rank:
-        raise RunError("--adapter goes on with a saved adapter: give its rank by --lora-rank")
     adapter = getattr(args, "adapter", None)
+    if adapter and not args.lora_rank:
+        raise RunError("--adapter goes on with a saved adapter: give its rank by --lora-rank")
     if adapter and os.path.realpath(args.model) == os.path.realpath(f"{adapter}/../model"):
         told = f"--model {args.model} has --adapter {adapter} merged into it"
         raise RunError(f"{told}: give the model that the adapter was trained on")
+    if getattr(args, "quantize", None) and (args.fsdp or not args.lora_rank):
+        told = "every rank holds all of them: without --fsdp" if args.fsdp else "it needs --lora-rank"
+        raise RunError(f"--quantize {args.quantize} is for the frozen weights below adapters; {told}")
     if getattr(args, "from_config", False) and args.lora_rank:
         raise RunError("--from-config draws weights that nobody has: train all of them, without --lora-rank")
     if getattr(args, "max_new_tokens", None) and args.max_length and args.max_new_tokens >= args.max_length:
@@ -425,10 +430,12 @@ def _trained_state(trained: dict) -> dict:
     are read again from --model. (Without, what takes no gradient may move all the same: SATAC's targets.)"""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
+    from adapters import adapted
+
     state = {}
     for name, (model, optimizer) in trained.items():
         weights, state[name + "_optimizer"] = get_state_dict(model, optimizer)
-        if any("base_layer" in key for key in weights):
+        if adapted(model):
             named = model.named_parameters(remove_duplicate=False)  # tied ones by both of their names
             frozen = {n.replace("_checkpoint_wrapped_module.", "") for n, p in named if not p.requires_grad}
             weights = {n: tensor for n, tensor in weights.items() if n not in frozen}

@@ -28,11 +28,11 @@ def held(tensors) -> float:
     return sum(storages.values()) / MIB
 
 
-def measure(rank: int, dtype: str) -> tuple[int, float, float, float]:
+def measure(rank: int, *flags: str) -> tuple[int, float, float, float]:
     """Trained parameters; MiB of weights, of optimizer states, and of a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         own = "--model m --reward-model r --cost-model c --dataset d --ptx-dataset p --output-dir".split()
-        args = repo_ppo.parse_args([*own, folder, "--lora-rank", str(rank), "--dtype", dtype])
+        args = repo_ppo.parse_args([*own, folder, "--lora-rank", str(rank), *flags])
         models = [m for m in six_models(CONFIG, args) if isinstance(m, nn.Module)]  # views hold nothing
         trained = {}
         for name, model in zip(("policy", "reward_critic", "cost_critic"), (models[0], *models[-2:])):
@@ -59,11 +59,10 @@ def measure(rank: int, dtype: str) -> tuple[int, float, float, float]:
 if __name__ == "__main__":
     parser = runs.parser(__doc__)
     parser.add_argument("--ranks", type=runs.whole, nargs="+", default=[0, 16], help="of the adapters")
-    print("rank  dtype   trained parameters  weights, MiB  optimizers, MiB  checkpoint, MiB")
+    ways = {"fp32": "", "bf16": "--dtype bf16", "bf16, int8": "--dtype bf16 --quantize int8"}
+    print("rank  weights     trained parameters  weights, MiB  optimizers, MiB  checkpoint, MiB")
     for rank in parser.parse_args().ranks:
-        for dtype in ("fp32", "bf16"):
-            learned, *sizes = measure(rank, dtype)
-            print(
-                f"{rank:4}  {dtype}  {learned:19,}  {sizes[0]:12,.1f}  {sizes[1]:15,.1f}  {sizes[2]:15,.1f}",
-                flush=True,
-            )
+        for way, flags in list(ways.items())[: 3 if rank else 2]:  # without adapters nothing is in 8 bits
+            learned, *sizes = measure(rank, *flags.split())
+            numbers = f"{learned:19,}  {sizes[0]:12,.1f}  {sizes[1]:15,.1f}  {sizes[2]:15,.1f}"
+            print(f"{rank:4}  {way:<10}{numbers}", flush=True)

@@ -19,14 +19,19 @@ from transformers.pytorch_utils import Conv1D
 import adapters
 import models as models_room
 import repo_ppo
+import runs
 from adapters import WithoutAdapters, adapt
 from files import InputError, read_json, read_jsonl, write_json
 from models import load_causal_lm, load_score_model, save_score_model, token_log_probs
 
 WEIGHTS = "adapter_model.safetensors"
-ARGS = argparse.Namespace(lora_rank=2, lora_alpha=4.0, lora_targets=None)
+ARGS = argparse.Namespace(lora_rank=2, lora_alpha=4.0, lora_targets=None, quantize=None)
 IDS = torch.randint(2, 32, (3, 9), generator=torch.Generator().manual_seed(0))
 ONES = torch.ones_like(IDS)
+
+
+def chosen_flags(**given) -> argparse.Namespace:
+    return argparse.Namespace(**vars(ARGS) | given)
 
 
 def log_probs(policy):
@@ -65,11 +70,33 @@ def test_at_full_rank_a_step_is_that_of_full_training(kind):
     assert adapter.A.grad.abs().max() == 0  # B was zero
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_eight_bits_by_hand(kind):
+    """Rows of 127 and 2 at most: their steps are 1 and 2 / 127. The gradient is the rounded weight's."""
+    rows = torch.tensor([[127.0, -64.4, 0.4], [2.0, 1.0, -0.5]])
+    layer = nn.Linear(3, 2) if kind is nn.Linear else Conv1D(2, 3)
+    layer.weight.data.copy_(rows if kind is nn.Linear else rows.T)
+    eight = adapters.Int8(layer.requires_grad_(False))
+    assert torch.equal(eight.q, torch.tensor([[127, -64, 0], [127, 64, -32]], dtype=torch.int8))
+    torch.testing.assert_close(eight.s, torch.tensor([1.0, 2 / 127]))
+    layer.weight.data.copy_(eight.whole())
+    x = torch.randn(5, 3, requires_grad=True)
+    torch.testing.assert_close(eight(x), layer(x))
+    gradients = (torch.autograd.grad(y(x).square().sum(), x)[0] for y in (eight, layer))
+    torch.testing.assert_close(*gradients)
+    zero = adapters.Int8(nn.Linear(3, 2).requires_grad_(False).apply(lambda m: m.weight.data.zero_()))
+    assert torch.equal(zero(x), zero.bias.expand(5, 2))  # a row of zeros has no step
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("family", ["GPT2", "Llama", "Qwen2"])
-def test_a_policy_starts_at_its_reference_and_leaves_it_alone(family):
+def test_a_policy_starts_at_its_reference_and_leaves_it_alone(family, quantize):
     plain = log_probs(build(family)).detach()
-    policy = adapt(build(family), ARGS)
+    policy = adapt(build(family), chosen_flags(quantize=quantize))
     reference = WithoutAdapters(policy)
+    if quantize:
+        exact, plain = plain, log_probs(reference).detach()
+        assert 0 < (plain - exact).abs().max() < 0.05
     assert torch.equal(log_probs(policy), plain) and torch.equal(log_probs(reference), plain)
     trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
     assert all(name.endswith((".A", ".B")) for name in trained)
@@ -104,7 +131,7 @@ def test_a_critic_has_its_own_head_and_the_reward_model_keeps_score_type_and_hea
 
 
 def test_targets_are_chosen_by_the_ends_of_names():
-    chosen = argparse.Namespace(**vars(ARGS) | {"lora_targets": ["q_proj", "1.mlp.up_proj"]})
+    chosen = chosen_flags(lora_targets=["q_proj", "1.mlp.up_proj"])
     names = adapters.adapted(adapt(build("Llama"), chosen))
     ends = ("layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.1.mlp.up_proj")
     assert {name.removeprefix("model.") for name in names} == set(ends)
@@ -124,7 +151,7 @@ def test_a_router_that_is_a_kind_of_linear_layer_is_left_alone():
 
 
 def test_a_layer_that_its_model_does_not_call_is_refused_by_name():
-    chosen = argparse.Namespace(**vars(ARGS) | {"lora_rank": 1})  # dt_proj of a tiny Jamba is 1 wide
+    chosen = chosen_flags(lora_rank=1)  # dt_proj of a tiny Jamba is 1 wide
     with pytest.raises(InputError, match=r"reads the \w+ of model.layers.0.mamba.dt_proj itself"):
         log_probs(adapt(build("Jamba"), chosen))
     chosen.lora_targets = ["in_proj", "x_proj", "out_proj", "q_proj"]
@@ -205,13 +232,17 @@ def test_in_bf16_a_sharded_policy_starts_at_its_reference_bit_for_bit(one):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_a_checkpoint_holds_what_is_trained_and_resumes_bit_identical(one, run_in):
-    before, after = one / "runs/repo_ppo.py/lora", one / "runs/repo_ppo.py/lora_resumed"
+@pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]])
+def test_a_checkpoint_holds_what_is_trained_and_resumes_bit_identical(one, run_in, quantize):
+    name = "lora_int8" if quantize else "lora"
+    before, after = (one / "runs/repo_ppo.py" / run for run in (name, f"{name}_resumed"))
+    flags = [*RUNS["repo_ppo.py"].split(), *PPO, *quantize, "--save-every", 1]
+    if quantize:
+        assert run_in(one, "repo_ppo.py", *flags, "--output-dir", before)[0] == 0
     shutil.copytree(before, after)
     shutil.rmtree(after / "checkpoints/step-2")
-    flags = [*RUNS["repo_ppo.py"].split(), *PPO, "--save-every", 1, "--resume", "--output-dir", after]
-    assert run_in(one, "repo_ppo.py", *flags)[0] == 0
-    (metrics, weights), (again, same) = (results(one, "repo_ppo.py", x) for x in ("lora", "lora_resumed"))
+    assert run_in(one, "repo_ppo.py", *flags, "--resume", "--output-dir", after)[0] == 0
+    (metrics, weights), (again, same) = (results(one, "repo_ppo.py", run.name) for run in (before, after))
     assert timeless(metrics) == timeless(again) and all(torch.equal(weights[k], same[k]) for k in weights)
     held = FileSystemReader(before / "checkpoints/step-2").read_metadata().state_dict_metadata
     trained = re.compile(r"\.([AB]|score_head\.(weight|bias))(\.(exp_avg|exp_avg_sq|step))?$")
@@ -243,7 +274,7 @@ def logits(model) -> torch.Tensor:
 
 def test_base_and_adapter_are_the_merged_model_and_go_on_from_there(folder, tuned, run_in):
     family, run, where = tuned
-    args = argparse.Namespace(lora_rank=4, lora_alpha=8.0, lora_targets=None, lora_output=bool(where))
+    args = chosen_flags(lora_rank=4, lora_alpha=8.0, lora_output=bool(where))
     base = load_causal_lm(str(folder / "start" / family / "policy"))
     start, whole = logits(base), AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     policy = adapt(base, args, str(run / "adapter"))
@@ -291,7 +322,7 @@ def test_peft_finds_the_chosen_layers_and_the_output_layer_by_name(folder, run_i
 def test_weights_that_a_merged_model_could_not_share_are_refused():
     sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = AutoModelForCausalLM.from_config(BertConfig(**sizes, intermediate_size=16, is_decoder=True))
-    chosen = argparse.Namespace(**vars(ARGS) | {"lora_output": True})
+    chosen = chosen_flags(lora_output=True)
     with pytest.raises(InputError, match=r"--lora-output: cls.predictions.decoder.bias is tied as well"):
         adapt(model, chosen)
     model = build("Llama")
@@ -331,7 +362,7 @@ def test_peft_reads_ours_and_we_read_peft_s(folder, tuned, tmp_path):
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM")
     theirs = moved(peft.get_peft_model(load_causal_lm(start), config))
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)  # by default a copy beside the term
-    args = argparse.Namespace(lora_rank=3, lora_alpha=5.0, lora_targets=None, lora_output=bool(where))
+    args = chosen_flags(lora_rank=3, lora_alpha=5.0, lora_output=bool(where))
     ours = adapt(load_causal_lm(start), args, str(tmp_path))
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
 
@@ -348,7 +379,7 @@ def test_a_score_model_s_head_is_saved_with_its_adapter(folder, run_in, tmp_path
     base = load_score_model(start, kind, new_head=True)
     frozen = "embed_tokens.weight"  # the base's to the last bit
     assert torch.equal(merged.backbone.get_parameter(frozen), base.backbone.get_parameter(frozen))
-    args = argparse.Namespace(lora_rank=4, lora_alpha=8.0, lora_targets=None)
+    args = chosen_flags(lora_rank=4, lora_alpha=8.0)
     ours = adapt(base, args, str(tmp_path / kind / "adapter"))
     torch.testing.assert_close(ours(IDS), merged(IDS), atol=1e-5, rtol=1e-5)
 
@@ -357,7 +388,7 @@ def test_safe_rlhf_trains_adapters_and_saves_both_folders(folder, run_in, tmp_pa
     flags = [*RUNS["safe_rlhf_ppo.py"].split(), *PPO, "--output-dir", tmp_path / "run"]
     assert run_in(folder, "safe_rlhf_ppo.py", *flags)[0] == 0
     start = str(folder / read_json(tmp_path / "run/args.json")["model"])
-    args = argparse.Namespace(lora_rank=4, lora_alpha=8.0, lora_targets=None, lora_output=True)
+    args = chosen_flags(lora_rank=4, lora_alpha=8.0, lora_output=True)
     ours = adapt(load_causal_lm(start), args, str(tmp_path / "run/adapter"))
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32)
     torch.testing.assert_close(logits(ours), logits(whole), atol=1e-5, rtol=1e-5)
@@ -403,12 +434,23 @@ def test_what_does_not_fit_is_one_clear_line(folder, tuned, tmp_path, run_in, fl
     assert not (tmp_path / "run/model").exists()
 
 
+@pytest.mark.parametrize(
+    "flags, message", [("", "it needs --lora-rank"), ("--lora-rank 2 --fsdp", "every rank")]
+)
+def test_eight_bits_are_for_frozen_weights_of_one_gpu(flags, message):
+    args = repo_ppo.parse_args(["--quantize", "int8", *flags.split()])
+    with pytest.raises(
+        InputError, match=f"--quantize int8 is for the frozen weights below adapters; {message}"
+    ):
+        runs.check_flags(args, 1)
+
+
 @pytest.mark.parametrize("tuned", ["qwen2"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_quantized_adapters_are_refused(folder, tuned, tmp_path, dtype):
     adapter = shutil.copytree(tuned[1] / "adapter", tmp_path / "adapter")
     quantized = {name: tensor.to(dtype) for name, tensor in load_file(adapter / WEIGHTS).items()}
     save_file(quantized, adapter / WEIGHTS)
-    args = argparse.Namespace(lora_rank=4, lora_alpha=8.0, lora_targets=None)
+    args = chosen_flags(lora_rank=4, lora_alpha=8.0)
     with pytest.raises(InputError, match=f"its weights are {dtype}, and torch.float32, torch.bfloat16"):
         adapt(load_causal_lm(str(folder / "start/qwen2/policy")), args, str(adapter))

@@ -32,7 +32,7 @@ def save(folder, config) -> str:
 def arguments(folder: str, **changes) -> argparse.Namespace:
     flags = {"model": folder, "dtype": "fp32", "batch_size": 8, "micro_batch_size": 4, "max_length": 16}
     flags |= dict.fromkeys(("fsdp", "cpu_offload", "activation_checkpointing"), False)
-    flags |= {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": None}
+    flags |= {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": None, "quantize": None}
     return argparse.Namespace(**flags | changes)
 
 
@@ -97,14 +97,15 @@ def test_the_plan_agrees_with_the_memory_tracker_on_a_7b_shape():
 
 
 def test_with_adapters_six_models_are_three_sets_of_weights(tmp_path):
-    """By hand, and two blocks of a 7B shape on one GPU, without --fsdp, against the tracker."""
+    """By hand, and two blocks of a 7B shape on one GPU, without --fsdp and in 8 bits, against the tracker."""
     import plan_rehearsal
 
     # of a rank at which the adapters weigh
     flags = [*plan_rehearsal.RECIPE, *"--lora-rank 256 --lora-output --batch-size 4".split()]
     flags += ["--minibatch-size", "4"]
     flags.remove("--fsdp")
-    for name, predicted, tracked in plan_rehearsal.compare(plan_rehearsal.llama_7b(2), flags, 1):
+    shape, eight = plan_rehearsal.llama_7b(2), ["--quantize", "int8"]
+    for name, predicted, tracked in plan_rehearsal.compare(shape, flags + eight, 1):
         assert predicted == pytest.approx(tracked, rel=0.05), name
     folder = save(tmp_path, plan_rehearsal.llama_7b(2))
     own = f"--model {folder} --reward-model {folder} --cost-model {folder}".split()
@@ -121,6 +122,17 @@ def test_with_adapters_six_models_are_three_sets_of_weights(tmp_path):
     critics = 2 * 2 * 256 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     policy = frozen + 32001 * 4096 + adapters - critics
     assert plan.phases(args, 1)[1] == kept + 4 * policy  # at last the merged one
+
+
+def test_frozen_weights_in_8_bits_are_a_byte_a_number_and_four_a_row(tmp_path):
+    import plan_rehearsal
+
+    folder = save(tmp_path, plan_rehearsal.llama_7b(2))
+    shape = plan.Shape(folder, True, torch.bfloat16, (16, 16.0, None, "int8", False))
+    numbers, rows = 2 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * (5 * 4096 + 2 * 11008)
+    assert shape.quantized == numbers + 4 * rows
+    assert shape.merged == shape.total + numbers  # the merged model has them again
+    assert shape.total == shape.trained + 5 * 4096 + 2 * 32001 * 4096  # norms, embeddings, output layer
 
 
 def test_a_merged_output_layer_no_longer_shares_the_embeddings_weight(tmp_path):
@@ -154,6 +166,8 @@ def test_the_advice_makes_it_fit_and_needs_no_weights(tmp_path, capsys):
     assert last.endswith("It would with --dtype bf16 --fsdp --activation-checkpointing --cpu-offload")
     last = last_line("--gpus 1 --memory 0.1", "--batch-size 128 --minibatch-size 32")
     assert last.endswith("and no flag helps enough")
+    last = last_line("--gpus 1 --memory 40", "--dtype bf16 --lora-rank 16 --batch-size 32")
+    assert last.endswith("It would with --activation-checkpointing --quantize int8")
     assert not (tmp_path / "runs").exists()
 
 

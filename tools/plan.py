@@ -10,6 +10,7 @@ do. N parameters, W ranks, b bytes of the compute dtype (2 in bf16, 4 in fp32):
     a trained model     4 N / W weights + 8 N / W Adam + 4 N / W gradients while its turn lasts
     a frozen model      b N / W
     with --lora-rank    both are one: b N / W weights, and the first line with the adapters' parameters for N
+    with --quantize     N bytes of the layers below adapters, and 4 for each of their rows
     sampling            b N of the gathered policy + 2 b layers B L kv_heads head_dim of the key-value cache
     forward, backward   the root unit and two blocks gathered, in the backward pass a block's gradients too
     activations         all blocks', or with --activation-checkpointing every block's input and one block's
@@ -29,14 +30,14 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import runs
-from adapters import adapt, adapted
+from adapters import Int8, adapt, adapted
 from distributed import blocks
 from files import InputError, reading
 from models import PIECE, load_config, position_ids, reading_part
 from runs import count, positive
 
 GIB = 1 << 30
-ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "lora_output")
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "quantize", "lora_output")
 COLUMNS = ("weights", "optimizer", "gradients", "gathered", "kv cache", "activations", "logits")
 
 
@@ -60,8 +61,11 @@ class Shape:
         layers, part = blocks(model), reading_part(self.config)
         self.layers, self.hidden, self.words = len(layers), part.hidden_size, part.vocab_size
         self.total, self.trained = count_of([model]), count_of([model], trained=True)
+        quantized = [module for module in model.modules() if isinstance(module, Int8)]
+        self.quantized = sum(layer.q.nbytes + layer.s.nbytes for layer in quantized)
         untied = self.lora.lora_rank and self.lora.lora_output and model.all_tied_weights_keys
         self.merged = self.total + (self.words * self.hidden if untied else 0)
+        self.merged += sum(layer.q.numel() for layer in quantized)
         self.block = count_of(layers) // self.layers  # their mean
         self.trained_block = count_of(layers, trained=True) // self.layers
         self.root = self.total - self.layers * self.block
@@ -100,7 +104,8 @@ def saved_on_fakes(shape: Shape, rows: int, length: int) -> tuple[int, int]:
         model = AutoModel.from_config(shape.config, dtype=dtype)
     for adapter in adapted(adapt(model, shape.lora)).values():  # they compute in its dtype, too
         adapter.A, adapter.B = nn.Parameter(adapter.A.to(dtype)), nn.Parameter(adapter.B.to(dtype))
-    own, layers = {p.untyped_storage()._cdata for p in model.parameters()}, blocks(model)
+    own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    layers = blocks(model)
     inside, outside, block = {}, {}, []  # storage -> bytes; the block that runs
 
     def pack(tensor):
@@ -221,7 +226,7 @@ def models_of(args) -> tuple[dict[str, tuple[Shape, bool]], str]:
 
 def lora_of(args) -> tuple:
     targets = tuple(args.lora_targets or ()) or None
-    return args.lora_rank, args.lora_alpha, targets, getattr(args, "lora_output", False)
+    return args.lora_rank, args.lora_alpha, targets, args.quantize, getattr(args, "lora_output", False)
 
 
 def phases(args, world: int) -> tuple[list[tuple[str, dict[str, float]]], float]:
@@ -231,7 +236,7 @@ def phases(args, world: int) -> tuple[list[tuple[str, dict[str, float]]], float]
     resident, host = {"weights": 0.0, "optimizer": 0.0}, 0.0
     for shape, trained in models.values():
         learned = shape.trained if trained else 0
-        weights = (4 * learned + bytes_of(args) * (shape.total - learned)) / ranks
+        weights = (4 * learned + bytes_of(args) * (shape.total - learned)) / ranks + shape.quantized
         optimizer = 8 * learned / ranks
         if args.cpu_offload or (not trained and getattr(args, "offload_frozen", False)):
             host += (weights + optimizer) * world
@@ -289,8 +294,13 @@ def advice(args, world: int, memory: float) -> list[str]:
     halves = [(f"--micro-batch-size {size}", {"micro_batch_size": size}) for size in sizes]
     frozen = [("--offload-frozen", {"offload_frozen": True, "fsdp": True})] * hasattr(args, "offload_frozen")
     all_of_it = [("--cpu-offload", {"cpu_offload": True, "fsdp": True})]
-    first = enough(args, world, memory, [*cheap, *halves, *frozen])
-    return first or enough(args, world, memory, [*cheap, *frozen, *all_of_it, *halves])
+    eighths = [("--quantize int8", {"quantize": "int8"})] * (args.lora_rank > 0)
+    unsharded = [step for step in (*cheap, *halves, *eighths) if step[0] != "--fsdp"]
+    return (
+        enough(args, world, memory, [*cheap, *halves, *frozen])
+        or (not args.fsdp and enough(args, world, memory, unsharded))
+        or enough(args, world, memory, [*cheap, *frozen, *all_of_it, *halves])
+    )
 
 
 def enough(args, world: int, memory: float, steps: list[tuple[str, dict]]) -> list[str]:
