@@ -203,7 +203,10 @@ def load_supervised(dataset: str, skip_bad_rows: bool = False) -> list[tuple[str
 
 
 def chat_text(tokenizer, *messages: str, **options) -> str:
-    """Messages of user and assistant in turn, by the tokenizer's own chat template."""
+    """Messages of user and assistant in turn, by the tokenizer's own chat template: without a thought before
+    the answer, where the template knows that option, and with a fixed date (Llama 3.2's own default) where it
+    writes today's: a stage of tomorrow should see the same prompts."""
+    options |= {"enable_thinking": False, "date_string": "26 Jul 2024"}
     if not tokenizer.chat_template:
         raise DataError(f"--chat-template: the tokenizer of {tokenizer.name_or_path} has no chat template")
     roles = ("user", "assistant")
@@ -222,7 +225,12 @@ def prompt_text(prompt: str, tokenizer=None, chat_template: bool = False) -> str
 def end_id(tokenizer, chat_template: bool = False) -> int:
     """The id that ends a response: EOS, or what ends a turn of the chat template, often another one."""
     if chat_template:
-        tail = chat_text(tokenizer, "question", "THE ANSWER").rpartition("THE ANSWER")[2]
+        head, _, tail = chat_text(tokenizer, "question", "THE ANSWER").rpartition("THE ANSWER")
+        prompt = prompt_text("question", tokenizer, chat_template)
+        if head.rstrip() != prompt.rstrip():  # as where a prompt begins a thought, and no answer has one
+            told = f"puts {head[-60:]!r} before an answer and ends a prompt in {prompt[-60:]!r}"
+            advice = "leave out --chat-template, or give the tokenizer a template where they agree"
+            raise DataError(f"the chat template of {tokenizer.name_or_path} {told}: {advice}")
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         for token in tokenizer(tail, add_special_tokens=False).input_ids:
             if token in special:
@@ -234,6 +242,10 @@ def tokenize(tokenizer, texts: list[str], chat_template: bool = False) -> list[l
     """The ids of texts that begin with a prompt; BOS as the tokenizer has it, never an EOS of its own at the
     end, which some add: a prompt goes on. A chat template writes its special tokens into the text."""
     rows = tokenizer(texts, add_special_tokens=not chat_template, return_attention_mask=False).input_ids
+    words = getattr(tokenizer, "rows", sys.maxsize)  # of the model's embedding
+    if beyond := next((i for ids in rows for i in ids if i >= words), None):
+        token = tokenizer.convert_ids_to_tokens(beyond)
+        raise DataError(f"a text holds {token!r}, id {beyond}, and the model's embedding has {words} rows")
     if chat_template:
         return rows
     return [ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in rows]

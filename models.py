@@ -131,13 +131,14 @@ def resolve(path: str) -> str:
     the local cache: what a tokenizer needs, and weights in one format, safetensors where both are there."""
     if os.path.isdir(path):
         return path
-    if os.path.exists(path) or path.startswith((".", "/")) or path.count("/") != 1:
+    name, _, revision = path.partition("@")
+    if os.path.exists(path) or path.startswith((".", "/")) or name.count("/") != 1:
         raise ModelError(f"{path}: no such model folder")
     from huggingface_hub import snapshot_download
 
-    name, _, revision = path.partition("@")
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    options = {"revision": revision or None, "ignore_patterns": "*/*"}
+    # "consolidated" are the same weights once more, in their makers' own layout (Mistral, Llama)
+    options = {"revision": revision or None, "ignore_patterns": ["*/*", "consolidated*"]}
     try:
         folder = snapshot_download(name, allow_patterns=wanted, **options)
         if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
@@ -164,8 +165,11 @@ def load_tokenizer(path: str):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     part = reading_part(load_config(path)) if "config.json" in files else None
-    words = getattr(part, "vocab_size", 1 << 30)
-    if (highest := max(tokenizer.get_vocab().values())) >= words:  # often a PAD that was added
+    words = tokenizer.rows = getattr(part, "vocab_size", 1 << 30)
+    # a token for what a text does not hold, as an image (Gemma 3 1B), may be without a row: see data.tokenize
+    used = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    needed = set(tokenizer.get_vocab().values()) - (set(tokenizer.added_tokens_decoder) - used)
+    if (highest := max(needed)) >= words:  # often a PAD that was added
         raise ModelError(f"{path}: the tokenizer has an id {highest}, and the model's embedding {words} rows")
     return tokenizer
 
@@ -174,9 +178,12 @@ def end_ids(path: str, tokenizer) -> list[int]:
     """The ids that end a response of the model at `path`: the tokenizer's EOS, and those of its
     generation_config.json, where chat models keep the end of a turn."""
     file = os.path.join(resolve(path), "generation_config.json")
-    stored = read_json(file).get("eos_token_id") if os.path.exists(file) else None
-    stored = stored if isinstance(stored, list) else [stored]
-    return [tokenizer.eos_token_id, *(i for i in stored if i is not None and i != tokenizer.eos_token_id)]
+    stored = read_json(file) if os.path.exists(file) else {}
+    found = stored.get("eos_token_id") if isinstance(stored, dict) else "no object"
+    found = found if isinstance(found, list) else [] if found is None else [found]
+    if bad := [i for i in found if type(i) is not int]:
+        raise ModelError(f"{file}: eos_token_id should hold ids, got {bad[0]!r}")
+    return [tokenizer.eos_token_id, *(i for i in found if i != tokenizer.eos_token_id)]
 
 
 def load_config(path: str):
@@ -195,6 +202,15 @@ def load_config(path: str):
 def reading_part(config):
     """The configuration of the part that reads text, of models that also see or hear."""
     return getattr(config, "text_config", config)
+
+
+def freeze_other_parts(model: nn.Module) -> None:
+    """Of a model that also sees or hears, only the part that reads is trained. (No gradient reaches the
+    others: an optimizer would have no state for them, and a checkpoint could not be resumed.)"""
+    if reading_part(model.config) is not model.config:
+        model.requires_grad_(False)
+        for part in filter(None, (model.get_decoder(), model.get_output_embeddings())):
+            part.requires_grad_(True)
 
 
 def context_length(config) -> int:
@@ -260,6 +276,7 @@ def load_causal_lm(
         model = read(AutoModelForCausalLM, path, config, dtype)
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise ModelError(f"{path}: {config.model_type} has no key-value cache, and sampling goes by one")
+    freeze_other_parts(model)
     return model.eval()
 
 
@@ -337,18 +354,24 @@ def load_score_model(
         outputs = len(tensors[f"{head}.weight"])
         raise ModelError(f"{path}: the score head has {outputs} outputs, one is needed")
 
+    do_normalize = bool(getattr(config, "do_normalize", False))
+    lacking = {"normalizer.mean", "normalizer.var"} - set(tensors)
+    if do_normalize and score_type != "critic" and lacking:
+        raise ModelError(f"{path}: config.json asks for normalized scores, and {min(lacking)} is missing")
+
     if on_meta:
         with reading(path), torch.device("meta"):
             backbone = AutoModel.from_config(config, dtype=dtype)
     else:
         backbone = read(AutoModel, path, config, dtype)
-    model = ScoreModel(backbone, score_type, bias, bool(getattr(config, "do_normalize", False)))
+    freeze_other_parts(backbone)
+    model = ScoreModel(backbone, score_type, bias, do_normalize)
     if on_meta:
         model.read = functools.partial(load_score_model, path, score_type, new_head, dtype)
         return model.to("meta").eval()
     named = {name.replace("score.", "score_head."): tensor for name, tensor in tensors.items()}
-    named |= {name: value.reshape(1) for name, value in named.items() if name.startswith("normalizer.")}
     with reading(path):  # a head of another width
+        named |= {name: value.reshape(1) for name, value in named.items() if name.startswith("normalizer.")}
         model.load_state_dict(named, strict=False)
     return model.eval()
 

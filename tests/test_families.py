@@ -164,7 +164,9 @@ def test_every_stage_runs(family, tmp_path, run_in):
         code, error = run_in(tmp_path, script, *flags, "--output-dir", out)
         assert code == 0, error
 
-    stage("sft.py", "sft", *small, "--model", "start", "--dataset", "sft.jsonl")
+    supervised = (*small, "--model", "start", "--dataset", "sft.jsonl", "--save-every", 1)
+    stage("sft.py", "sft", *supervised)
+    stage("sft.py", "sft", *supervised, "--resume", "--steps", 3)  # also what no gradient reaches
     for kind in ("reward", "cost"):
         data = ("--dataset", "pairs.jsonl", "--eval-dataset", "pairs.jsonl")
         stage(f"{kind}_model.py", kind, *small, "--model", "sft/model", *data)

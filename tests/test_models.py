@@ -22,10 +22,12 @@ from transformers import (
     Qwen2Config,
 )
 
+import data
 import distributed
 import models
 import repo_ppo
 import safe_rlhf_ppo
+import toy_world
 from files import InputError
 from models import (
     ModelError,
@@ -376,12 +378,14 @@ MISFITS = [
     ({"config": {"score_bias": False}}, "disagree about the bias"),
     ({"drop": ("model.norm.weight",)}, "weights do not fit the config.*norm.weight"),
     ({"add": {"model.extra": torch.zeros(1)}}, "superfluous.*extra"),
+    ({"drop": ("normalizer.var",)}, "asks for normalized scores, and normalizer.var is missing"),
+    ({"add": {"normalizer.mean": torch.zeros(2)}}, "cannot be read"),
 ]
 
 
 @pytest.mark.parametrize("change, message", MISFITS)
 def test_what_does_not_fit_is_one_clear_error(tmp_path, change, message):
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(InputError, match=message):
         load_score_model(altered(tmp_path, **change), "reward")
 
 
@@ -511,3 +515,15 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, toy_tokenize
         ModelError, match=f"has an id {words - 1}, and the model's embedding {words - 1} rows"
     ):
         models.load_tokenizer(str(tmp_path))
+
+
+def test_a_token_for_images_may_be_without_a_row_until_a_text_holds_it(tmp_path):
+    """As in Gemma 3 1B, which has the tokenizer of its larger sisters."""
+    tokenizer = toy_world.build_tokenizer()
+    LlamaConfig(**LLAMA, **SMALL | {"vocab_size": len(tokenizer)}).save_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = models.load_tokenizer(str(tmp_path))
+    data.encode_texts(tokenizer, [("open a lock", "turn")])
+    with pytest.raises(InputError, match="a text holds '<image>', id 216, and the model's embedding has 216"):
+        data.encode_texts(tokenizer, [("open a lock", "turn <image>")])

@@ -287,6 +287,7 @@ def test_labels_for_something_else_are_refused(tmp_path, run_in):
 PPO, COST_MODEL = "safe_rlhf_ppo.py", "runs/demo/cost_model/model"
 BAD_INPUT = [
     ("sft.py", ("--steps", "0"), "argument --steps: must be a whole number from 1, got 0"),
+    ("sft.py", ("--steps", "9" * 400), "argument --steps: must be a whole number from 1, got 999"),
     ("sft.py", ("--fsdp",), "--fsdp needs torchrun, also for one process: torchrun --nproc-per-node 1 "),
     ("sft.py", ("--cpu-offload",), "--cpu-offload works on shards: add --fsdp"),
     ("sft.py", ("--dataset", "x.jsonl"), "--dataset is given, so --model and --output-dir must be too"),

@@ -200,6 +200,30 @@ def test_a_chat_template_brings_its_own_special_tokens(tokenizers):
         data.prompt_text("hi", tokenizer, chat_template=True)
 
 
+# as Qwen 3's: an answer has a thought, which is empty unless the model is to think
+THINKING = (
+    "Today is {{ date_string if date_string is defined else strftime_now('%d %b %Y') }}.\n"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}"
+)
+
+
+def test_a_prompt_is_what_the_template_puts_before_an_answer_today_and_tomorrow(tokenizers):
+    tokenizer = chatty(tokenizers["byte-level bpe"])
+    tokenizer.chat_template = THINKING
+    prompt = data.prompt_text(PROMPTS[0], tokenizer, True)
+    assert prompt.startswith("Today is 26 Jul 2024.") and prompt.endswith("<think>\n\n</think>\n\n")
+    assert data.chat_text(tokenizer, PROMPTS[0], "turn keys .") == prompt + "turn keys .<|im_end|>\n"
+    assert data.end_id(tokenizer, True) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.chat_template = THINKING.replace("enable_thinking is false", "false")
+    for use in (data.end_id, lambda *a: data.encode(a[0], [(PROMPTS[0], "turn")], 99, a[1])):
+        with pytest.raises(DataError, match=r"before an answer and ends a prompt in .*<think>\\n'"):
+            use(tokenizer, True)
+
+
 def test_same_tokenizer_compares_what_a_model_is_fed(tokenizers):
     plain = tokenizers["sentencepiece bpe"]
     same = wrap(Tokenizer.from_str(plain.backend_tokenizer.to_str()))
@@ -207,7 +231,7 @@ def test_same_tokenizer_compares_what_a_model_is_fed(tokenizers):
     assert not data.same_tokenizer(plain, changed(plain, "$A"))  # the same words, no BOS
     assert data.same_tokenizer(plain, changed(plain, "<s> $A </s>"))  # an EOS that no prompt keeps
     ours, theirs = chatty(plain), chatty(plain)
-    theirs.chat_template = CHATML.replace("assistant\n", "assistant\nSure: ")
+    theirs.chat_template = CHATML.replace("<|im_start|>", "<|im_start|>the ")
     assert data.same_tokenizer(ours, theirs) and not data.same_tokenizer(ours, theirs, chat_template=True)
     spaces = byte_level()
     spaces.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -235,6 +259,10 @@ def test_every_id_that_ends_a_response_ends_it_and_is_kept(tmp_path, tokenizers)
     for stored, expected in ((7, [1, 7]), ([1, 7, 9], [1, 7, 9]), (None, [1])):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
         assert end_ids(str(tmp_path), tokenizers["toy"]) == expected
+    for damaged in ([1], {"eos_token_id": "</s>"}, {"eos_token_id": [1, "x"]}):
+        (tmp_path / "generation_config.json").write_text(json.dumps(damaged))
+        with pytest.raises(data.InputError, match="generation_config.json: eos_token_id should hold ids"):
+            end_ids(str(tmp_path), tokenizers["toy"])
 
 
 def test_a_sentencepiece_file_alone_says_what_is_missing(tmp_path, monkeypatch):
