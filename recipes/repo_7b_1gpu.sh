@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # RePO on Alpaca-7B reproduced on one GPU, with adapters of rank 16: the six 7B models are three sets of frozen bf16 weights.
 # needs      one GPU of 80 GB (by tools.plan 54.9 GiB; 71.1 GiB with a batch of 128), 26 GiB of host memory, 1.5 GB of disk per checkpoint,
-#            27 GB for the final model; hub access to the models and data. For cards of 48 and 24 GB see docs/scaling.md
+#            27 GB for the final model; hub access to the models and data. A card of 48 GB with --quantize int8 (36.8 GiB);
+#            for smaller ones see docs/scaling.md
 # costs      not measured
 # rehearsed  flags only, by REHEARSAL= on a CPU (see common.sh); never run at this size. The learning rates are ten times those of
 #            repo_7b_8gpu.sh, as is usual for adapters, and not tuned
