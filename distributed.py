@@ -5,7 +5,7 @@
     shard, gathered       FSDP2 around a model, and the whole model again while it generates
     clip_gradients        averaged over the ranks, then clipped
 
-One process is the case N = 1 of the same code; nothing here needs torchrun.
+One process is the case N = 1 of the same code; without --fsdp nothing here needs torchrun.
 """
 
 import gc

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Safe RLHF on Alpaca-7B reproduced with the Beaver reward and cost models, the hyper-parameters of PKU's script.
-# needs      8 GPUs of 80 GB (FSDP2, bf16; by tools.plan 49.1 GiB on each), 250 GiB of host memory while it saves, about 240 GB of disk per checkpoint (two are kept); hub access
-#            to the models and data
+# Safe RLHF on Alpaca-7B reproduced with the Beaver reward and cost models, the hyper-parameters of PKU's script but for the
+# response length.
+# needs      8 GPUs of 80 GB (FSDP2, bf16; by tools.plan 49.1 GiB on each), 250 GiB of host memory while it saves, 720 GB of disk for
+#            checkpoints (about 240 GB each; two are kept, and three are there while one is written), 27 GB for the final model; hub
+#            access to the models and data
 # costs      not measured
 # rehearsed  flags only, by REHEARSAL= on a CPU (see common.sh); never run at this size
 set -euo pipefail

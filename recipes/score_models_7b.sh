@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Alpaca-7B reproduced, then its reward and cost model, on PKU-SafeRLHF with Beaver's published hyper-parameters.
-# needs      8 GPUs of 24 GB or more (FSDP2, bf16; by tools.plan 17.3 GiB on each), about 80 GB of disk per checkpoint (two are kept) and
-#            27 GB per model; access to the base model
+# needs      8 GPUs of 24 GB or more (FSDP2, bf16; by tools.plan 17.3 GiB on each), 240 GB of disk for a stage's checkpoints (about
+#            80 GB each; two are kept, and three are there while one is written; 560 GB if those of the stages before are not
+#            deleted) and 27 GB per model; access to the base model
 # costs      not measured
 # rehearsed  flags only, by REHEARSAL= on a CPU (see common.sh); never run at this size
 set -euo pipefail
