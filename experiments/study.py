@@ -67,9 +67,9 @@ def study_parser(doc: str, output_dir: str):
 
 def job(makes: str, needs: list[str], script: str, *flags) -> dict:
     """One command: it can run when every path in `needs` is there, and is done when `makes` is."""
-    ending = "/model/config.json"
-    folder = makes.removesuffix(ending) if makes.endswith(ending) else os.path.dirname(makes)
-    if makes.endswith(ending):
+    folder = os.path.dirname(makes)
+    if os.path.basename(folder) == "model":  # of a run, whose folder is the one above
+        folder = os.path.dirname(folder)
         flags += ("--overwrite",)  # what a stopped command left
     start = [script] if script.endswith(".py") or script == "-c" else ["-m", script]
     command = [sys.executable, *start, *map(str, flags)]

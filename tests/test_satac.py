@@ -352,7 +352,7 @@ def test_the_study_judges_and_draws(tmp_path, monkeypatch):
     for mix, name, seed, _ in satac_study.planned(args):
         path = satac_study.summary(args, mix, name, seed)
         satac_study.write_json(path, summaries | {"return": 20.0 + seed})
-    monkeypatch.setattr(satac_study, "run_all", lambda args: None)
+    monkeypatch.setattr(satac_study.study, "run_jobs", lambda *_: None)
     satac_study.main(args)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert "| mild | SATAC |  2.05 +- 0.07 |  0.50 +- 0.00 | 2 of 2 |" in lines

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, ROOT
 
-from experiments import adapter_study, noise, remedies, seeds, study
+from experiments import adapter_study, noise, remedies, satac_study, seeds, study
 from files import write_json
 from runs import RunError
 
@@ -29,6 +29,7 @@ JOBS["noise"] = noise.model_jobs(arguments()) + noise.policy_jobs(arguments(), L
 JOBS["seeds"] = seeds.pair_jobs(arguments())
 JOBS["adapters"] = adapter_study.adapter_jobs(arguments(ranks=[4, 8]))
 after = JOBS["study"] + JOBS["noise"] + remedies.remedy_jobs(arguments())
+JOBS["satac"] = satac_study.satac_jobs(arguments(mixes=["mild", "unsafe"]))
 JOBS["remedies"] = list({job["makes"]: job for job in after}.values())
 
 
