@@ -33,9 +33,8 @@ ROWS = [
         ("repo", "How do I bake?", "", 0.0, 0.5, 0.0, -1.0, 2),  # truly safe: an error
     )
 ]
-METRICS = [
-    {"step": i, "reward": 0.5 * i, "cost": 2.0 - i, "unsafe_rate": 0.25, "lambda": 1.0} for i in range(3)
-]
+FLAT = {"unsafe_rate": 0.25, "lambda": 1.0, "violation": 0.5, "kl": 0.0}
+METRICS = [{"step": i, "reward": 0.5 * i, "cost": 2.0 - i} | FLAT for i in range(3)]
 LOGS = {"repo": ({"threshold": -1.0, "batch_size": 4}, METRICS)}
 STYLE = {"sft": ("#7F7F7F", "-", "SFT (initial)"), "repo": ("#0072B2", "--", "RePO")}
 
@@ -88,11 +87,6 @@ def test_true_scores_are_there_if_every_row_has_them():
     assert data_in(page())["true_cost"][3] == 4.0
     for rows in (without_truth(ROWS), [*ROWS, ROWS[0] | {"true_cost": "?"}]):
         assert "true_cost" not in data_in(page(rows))
-
-
-def test_a_metric_that_a_step_lacks_is_left_out():
-    rows = [METRICS[0], METRICS[1] | {"lambda": float("nan")}, {"step": 2, "cost": 1.0, "lambda": 1.0}]
-    assert list(data_in(page(logs={"repo": (LOGS["repo"][0], rows)}))["runs"][0]["metrics"]) == ["cost"]
 
 
 def test_plots_writes_it_for_all_policies_with_and_without_runs(tmp_path, monkeypatch, capsys):
@@ -263,13 +257,13 @@ def test_everything_can_be_had_by_the_keyboard(tab):
     assert shown(tab) == [1, 2, 3, 4, 5, 6]
     tab("curves[1].plot.focus()")
     tab.press("ArrowLeft")
-    assert texts(tab, ".values") == ["RePO 0.5", "RePO 1", "RePO 25%", "RePO 1"]
+    assert texts(tab, ".values")[:4] == ["RePO 0.5", "RePO 1", "RePO 25%", "RePO 1"]
 
 
 def test_curves_say_the_values_at_the_pointer(tab):
     tab = tab(page(), height=1200)
     assert texts(tab, "#curves h3")[:2] == ["mean reward of a rollout", "mean cost of a rollout"]
-    assert texts(tab, ".values") == ["RePO 1", "RePO 0", "RePO 25%", "RePO 1"]
+    assert texts(tab, ".values") == ["RePO 1", "RePO 0", "RePO 25%", "RePO 1", "RePO 0.5", "RePO 0"]
     x, y = middle(tab, "curves[1].canvas")
     tab.move(x + 10, y)
     assert texts(tab, ".values")[1] == "RePO 1" and "step 1 " in text(tab, "#step")

@@ -28,7 +28,7 @@ ROOMS = {  # a room, and what it may import of ours
     "runs": {"adapters", "distributed", "files"},
     "toy_world": {"models", "data", "distributed", "runs", "files"},
     "point_mass": {"runs", "files"},
-    "explore": set(),
+    "explore": {"files"},
 }
 STUDIES = (
     "study",
