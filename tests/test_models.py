@@ -24,8 +24,10 @@ from transformers import (
 
 import data
 import distributed
+import evaluate
 import models
 import repo_ppo
+import runs
 import safe_rlhf_ppo
 import toy_world
 from files import InputError
@@ -467,9 +469,9 @@ def test_a_context_has_several_names():
 
 
 def test_cudnn_attention_is_off_unless_asked_for():
-    for wanted in (True, False):
-        distributed.start_processes(wanted)
-        assert torch.backends.cuda.cudnn_sdp_enabled() == wanted
+    for flags in (["--cudnn-attention"], []):
+        runs.run(lambda _: None, evaluate.parse_args(flags))
+        assert torch.backends.cuda.cudnn_sdp_enabled() == bool(flags)
 
 
 def test_models_without_a_key_value_cache_are_refused(tmp_path):
