@@ -173,6 +173,22 @@ def test_a_judge_behind_an_endpoint(evaluation, endpoint, run_in):
     assert len(requests) == 16
 
 
+def test_half_a_line_costs_one_reply_and_a_full_disk_is_one_clear_line(evaluation, endpoint, run_in):
+    flags = ("--evaluation", evaluation, "--judge-url", endpoint[0], "--judge-model", "judge-1")
+    flags, path = (*flags, "--bootstrap", 0), evaluation / "judgements.jsonl"
+    assert run_in(evaluation, ARENA, *flags)[0] == 0
+    for missing in (10, 1):  # bytes at the end: half a line, and the line's end alone
+        path.write_bytes(path.read_bytes()[:-missing])
+        for _ in range(2):
+            code, error = run_in(evaluation, ARENA, *flags)
+            assert code == 0, error
+        assert len(endpoint[1]) == 17 and len(read_jsonl(path)) == 16
+    path.unlink()
+    path.symlink_to("/dev/full")
+    code, error = run_in(evaluation, ARENA, *flags)
+    assert code == 2 and "judgements.jsonl: cannot be written (No space left on device)" in error
+
+
 def test_a_judge_that_gives_no_verdict_rates_nobody(evaluation, endpoint, run_in):
     path = f"{evaluation}/responses.jsonl"
     write_jsonl(path, [r | {"response": r["response"] + " MUMBLE"} for r in read_jsonl(path)])
