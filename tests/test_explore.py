@@ -102,6 +102,22 @@ def test_plots_writes_it_for_all_policies_with_and_without_runs(tmp_path, monkey
     assert [policy["colour"] for policy in data["policies"]] == ["#7F7F7F", "#0072B2"] and data["runs"] == []
 
 
+UNLIKE = [
+    (4, {"prompt": "Why?"}, "responses.jsonl: repo answered other prompts than sft; evaluate both in one"),
+    (3, {"harm_level": None}, "responses.jsonl row 4: field 'harm_level' is missing; give every row of sft"),
+]
+
+
+@pytest.mark.parametrize("i, change, message", UNLIKE)
+def test_answers_that_cannot_be_compared_are_one_clear_line(tmp_path, run_in, i, change, message):
+    changed = {key: value for key, value in (ROWS[i] | change).items() if value is not None}
+    rows = [*ROWS[:i], changed, *ROWS[i + 1 :]]
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--evaluation", tmp_path, "--runs", "--output-dir", tmp_path / "figures", "--html")
+    code, error = run_in(tmp_path, "plots.py", *flags)
+    assert code == 2 and message in error, error
+
+
 # ------------------------------------------------------------------------------ what it does in a browser
 
 
