@@ -549,6 +549,7 @@ def load_checkpoint(args, trained: dict, extra: dict) -> dict:
         dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
         for name, (model, optimizer) in trained.items():
             model_state, optimizer_state = state[name], state[name + "_optimizer"]
+            todays = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
             set_state_dict(
                 model,
                 optimizer,
@@ -556,6 +557,8 @@ def load_checkpoint(args, trained: dict, extra: dict) -> dict:
                 optim_state_dict=optimizer_state,
                 options=StateDictOptions(strict=False),  # frozen weights are not in it
             )
+            for group, options in zip(optimizer.param_groups, todays):  # by the flags, not by the checkpoint
+                group.update(options)
     except (Exception, dcp.CheckpointException) as error:
         raise RunError(
             f"{path} cannot be resumed ({reason(error, -1)}); was it written with another model?"
