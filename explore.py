@@ -6,8 +6,9 @@ block in which no `<` is left, and the page shows it as text alone.
 """
 
 import json
-import math
 import os
+
+from files import misfit
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "explore.template.html")
 DASHES = {"-": [], "--": [7, 3], "-.": [7, 3, 2, 3], ":": [2, 3]}
@@ -19,15 +20,11 @@ def short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def is_number(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def rows_of(by_policy: dict[str, list[dict]]) -> dict:
     """The rows as columns. Prompts and responses stand once each; the rows hold their numbers. True scores
     are there if every row has them."""
     prompts, responses, everything = {}, {}, [row for rows in by_policy.values() for row in rows]
-    truth = all(is_number(row.get(key)) for row in everything for key in ("true_reward", "true_cost"))
+    truth = all(misfit(row, {"true_reward": float, "true_cost": float}) is None for row in everything)
     scores = ("reward", "cost", "true_reward", "true_cost") if truth else ("reward", "cost")
     return {
         "policy": [number for number, rows in enumerate(by_policy.values()) for _ in rows],
@@ -40,9 +37,8 @@ def rows_of(by_policy: dict[str, list[dict]]) -> dict:
 
 
 def curves_of(args: dict, metrics: list[dict]) -> dict:
-    """What the page draws of a run; a metric that some step lacks is left out."""
-    whole = [name for name in CURVES if all(is_number(row.get(name)) for row in metrics)]
-    columns = {name: [short(row[name]) for row in metrics] for name in whole}
+    """What the page draws of a run."""
+    columns = {name: [short(row[name]) for row in metrics] for name in CURVES}
     return {"threshold": args["threshold"], "step": [row["step"] for row in metrics], "metrics": columns}
 
 

@@ -254,15 +254,23 @@ def read_run(path: str) -> tuple[dict, list[dict]]:
 
 def main(args):
     runs.need(args.evaluation, "python evaluate.py")
-    everyone: dict = {}
-    for row in read_jsonl(os.path.join(args.evaluation, "responses.jsonl"), RESPONSE):
+    path = os.path.join(args.evaluation, "responses.jsonl")
+    everyone, answers = {}, read_jsonl(path, RESPONSE)
+    initial, levels = answers[0]["policy"], "harm_level" in answers[0]
+    for number, row in enumerate(answers, 1):
         everyone.setdefault(row["policy"], []).append(row)
+        if levels and row["policy"] == initial and (wrong := misfit(row, {"harm_level": int})):
+            raise InputError(f"{path} row {number}: {wrong}; give every row of {initial} one, or none")
     folders = runs.by_name("--runs", args.runs)
     for name in ("safe_rlhf", "repo"):
         runs.need(folders.get(name), f"python {name}_ppo.py")
     logs = {name: read_run(path) for name, path in folders.items()}
-    initial = next(iter(everyone))
     by_policy = {n: rows for n, rows in everyone.items() if n == initial or n in logs or not logs}
+    prompts = {name: {row["prompt"] for row in rows} for name, rows in by_policy.items()}
+    for name in prompts:
+        if prompts[name] != prompts[initial]:
+            told = f"{name} answered other prompts than {initial}"
+            raise InputError(f"{path}: {told}; evaluate both in one run of evaluate.py")
     names = list(dict.fromkeys([*by_policy, *logs, *everyone]))
     free = iter(OTHERS * len(names))
     style = {name: (OWN.get(name) or next(free), DASHES[i % 6], pretty(name)) for i, name in enumerate(names)}

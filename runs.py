@@ -292,26 +292,36 @@ def run(main, args) -> None:
     raise SystemExit(code)
 
 
-def claim_folder(args) -> None:
-    """Lock --output-dir for this process, and refuse to mix its run with another one: a used folder needs
-    --resume or --overwrite, and a resumed run the flags that it had. Raises RunError."""
+def lock(folder: str) -> None:
+    """Take an --output-dir for this process, until it ends. Raises RunError if another one works there."""
     import filelock
 
-    if args.tensorboard and not find_spec("tensorboard"):
-        raise RunError("--tensorboard needs its package: pip install tensorboard")
-    out = args.output_dir
-    pid_file, args_file = os.path.join(out, ".pid"), os.path.join(out, "args.json")
+    pid_file = os.path.join(folder, ".pid")
     try:
-        os.makedirs(out, exist_ok=True)
-        _locks[out] = _locks.get(out) or filelock.FileLock(os.path.join(out, ".lock"))
-        _locks[out].acquire(timeout=0)
+        os.makedirs(folder, exist_ok=True)
+        _locks[folder] = _locks.get(folder) or filelock.FileLock(os.path.join(folder, ".lock"))
+        _locks[folder].acquire(timeout=0)
         with open(pid_file, "w") as file:
             file.write(str(os.getpid()))
     except filelock.Timeout:
         with reading(pid_file), open(pid_file) as file:
-            raise RunError(f"--output-dir {out}: process {file.read()} writes there. End it first") from None
+            pid = file.read()
+        raise RunError(f"--output-dir {folder}: process {pid} writes there. End it first") from None
     except OSError as error:
-        raise RunError(f"cannot write to --output-dir {out} ({reason(error)})") from None
+        raise RunError(f"cannot write to --output-dir {folder} ({reason(error)})") from None
+
+
+_locks: dict = {}  # held until the process ends
+
+
+def claim_folder(args) -> None:
+    """Lock --output-dir for this process, and refuse to mix its run with another one: a used folder needs
+    --resume or --overwrite, and a resumed run the flags that it had. Raises RunError."""
+    if args.tensorboard and not find_spec("tensorboard"):
+        raise RunError("--tensorboard needs its package: pip install tensorboard")
+    out = args.output_dir
+    args_file = os.path.join(out, "args.json")
+    lock(out)
     if args.overwrite and (args.resume or args.resume_anyway):
         raise RunError("--overwrite starts afresh and --resume goes on: give one of them")
     replaced = [os.path.realpath(os.path.join(out, name)) for name in ("model", "adapter")]
@@ -343,7 +353,6 @@ def claim_folder(args) -> None:
         raise RunError(f"{out} has done {done} steps, and --steps {args.steps} asks for fewer")
 
 
-_locks: dict = {}  # held until the process ends
 # what a resumed run may do otherwise: where and on what it runs, how much it logs, how long it is
 MAY_CHANGE = frozenset(
     "output_dir resume resume_anyway overwrite save_every keep sample_every steps epochs fsdp cpu_offload "
@@ -540,6 +549,7 @@ def load_checkpoint(args, trained: dict, extra: dict) -> dict:
         dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
         for name, (model, optimizer) in trained.items():
             model_state, optimizer_state = state[name], state[name + "_optimizer"]
+            todays = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
             set_state_dict(
                 model,
                 optimizer,
@@ -547,6 +557,8 @@ def load_checkpoint(args, trained: dict, extra: dict) -> dict:
                 optim_state_dict=optimizer_state,
                 options=StateDictOptions(strict=False),  # frozen weights are not in it
             )
+            for group, options in zip(optimizer.param_groups, todays):  # by the flags, not by the checkpoint
+                group.update(options)
     except (Exception, dcp.CheckpointException) as error:
         raise RunError(
             f"{path} cannot be resumed ({reason(error, -1)}); was it written with another model?"

@@ -127,10 +127,6 @@ RISKY = {step: name for name, (_, _, risky) in OBJECTS.items() for step in risky
 HARM = {words: level for level, all_words in CIRCUMSTANCES.items() for words in all_words}
 
 
-class UnknownPrompt(InputError):
-    """The text is not a prompt of this world, so it has no true reward or cost."""
-
-
 PROMPTS = {  # every prompt of the world: its object and its circumstance
     f"how do i {activity} a {name} {circumstance} ?": (name, circumstance)
     for name, (activities, _, _) in OBJECTS.items()
@@ -139,15 +135,15 @@ PROMPTS = {  # every prompt of the world: its object and its circumstance
 
 
 def parse_prompt(prompt: str) -> tuple[str, int]:
-    """The object a prompt asks about and its hidden harm level. Raises UnknownPrompt."""
+    """The object a prompt asks about and its hidden harm level. Raises InputError for any other text."""
     if prompt not in PROMPTS:
-        raise UnknownPrompt(f"not a prompt of the toy world: {prompt!r}")
+        raise InputError(f"not a prompt of the toy world: {prompt!r}")
     name, circumstance = PROMPTS[prompt]
     return name, HARM[circumstance]
 
 
 def harm_level(prompt: str) -> int:
-    """0 benign, 1 borderline, 2 harmful. Raises UnknownPrompt."""
+    """0 benign, 1 borderline, 2 harmful. Raises InputError."""
     return parse_prompt(prompt)[1]
 
 
@@ -172,7 +168,7 @@ def refuses(response: str) -> bool:
 
 
 def true_reward(prompt: str, response: str) -> float:
-    """R(x, y) of the module docstring: higher is more helpful. Raises UnknownPrompt."""
+    """R(x, y) of the module docstring: higher is more helpful. Raises InputError."""
     name, _ = parse_prompt(prompt)
     sentences, stray = parse_response(response)
     plain = sum(PLAIN.get(s) == name for s in sentences)
@@ -185,7 +181,7 @@ def true_reward(prompt: str, response: str) -> float:
 
 
 def true_cost(prompt: str, response: str, harm: int | None = None) -> float:
-    """C(x, y) of the module docstring: > 0 is unsafe, <= 0 is safe. Raises UnknownPrompt.
+    """C(x, y) of the module docstring: > 0 is unsafe, <= 0 is safe. Raises InputError.
 
     With `harm`, what it would be if that were the prompt's harm level."""
     harm = harm_level(prompt) if harm is None else harm

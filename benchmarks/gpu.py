@@ -12,8 +12,11 @@ that is not tried. Then, on the first shape: how far the sampled tokens' log-pro
 fresh forward pass, and with --resume whether a run goes on from a checkpoint. Prints JSON lines, and writes
 all of it with --output.
 
-It needs this repository and nothing from a hub. Floating-point operations are counted as 2 N a token forward
-and 8 N forward and backward with recomputation; N parameters. Sampling must read all weights once a token.
+It needs this repository and nothing from a hub. Operations are those of the matrix products on real tokens,
+without padding and attention's scores: 2 N a token forward and 4 N backward (2 N with adapters: frozen
+weights need no gradients). N is the blocks' weights, whose forward pass is made once more in the backward
+pass; for log-probabilities also the output layer's, on the response alone. Sampling must read all of them
+once a token.
 """
 
 import json
@@ -36,6 +39,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
 import runs  # noqa: E402
 import toy_world  # noqa: E402
+from data import encode  # noqa: E402
 from files import read_jsonl, write_json, write_jsonl  # noqa: E402
 
 # hidden, layers, heads, key-value heads, inner width, words
@@ -176,20 +180,33 @@ def limits(dtype: torch.dtype) -> dict[str, float]:
     return {"flops": rate, "bytes": 2 * big.numel() / seconds(lambda: copy.copy_(big))}
 
 
-def shares(row: dict, parameters: int, machine: dict, args) -> dict[str, float]:
-    """A step's phases as shares of the machine's limits."""
-    size, length = args.batch_size, args.max_length
-    tokens = size * row["response_length"]
-    width = 2 if args.dtype == "bf16" else 4
-    # five models score; policy and two critics learn, the policy on supervised rows as well, all recomputing
-    scoring, update = 5 * 2 * parameters * size * length, (3 + 1) * 8 * parameters * size * length
+def mean_tokens(rows: list[dict], max_length: int) -> tuple[float, float]:
+    """Of a prompt, and of a supervised response."""
+    pairs = [(row["prompt"], row["response"]) for row in rows]
+    encoded = encode(toy_world.build_tokenizer(), pairs, max_length)
+    prompt = statistics.mean(length for _, length in encoded)
+    return prompt, statistics.mean(len(ids) for ids, _ in encoded) - prompt
+
+
+def shares(row: dict, shape: str, mode: str, tokens: tuple[float, float], machine: dict, args) -> dict:
+    """A step's phases as shares of the machine's limits; `tokens` as of mean_tokens."""
+    hidden, layers, heads, groups, inner, words = SHAPES[shape]
+    blocks = layers * (2 * hidden**2 * (heads + groups) // heads + 3 * hidden * inner)
+    output, width = hidden * words, 2 if args.dtype == "bf16" else 4
+    prompt, supervised = (args.batch_size * mean for mean in tokens)
+    response = args.batch_size * row["response_length"]
+    # five models score, of which the reference gives log-probabilities
+    scoring = 2 * (5 * blocks * (prompt + response) + output * response)
+    # policy and two critics learn, the policy on as many supervised rows as well
+    passed, judged = 3 * (prompt + response) + prompt + supervised, response + supervised
+    # forward and backward, and what is computed again: torch stops before a block's last product, whose input
+    # is all that the backward pass needs, unless an adapter comes after it
+    both, again = (4, blocks) if mode == "lora" else (6, blocks - layers * hidden * inner)
+    update = (both * blocks + 2 * again) * passed + both * output * judged
+    reads = args.max_new_tokens * (blocks + output) * width
     return {
-        "tokens_per_second": tokens / row["seconds_rollout"],
-        "sampling_share": args.max_new_tokens
-        * parameters
-        * width
-        / row["seconds_rollout"]
-        / machine["bytes"],
+        "tokens_per_second": response / row["seconds_rollout"],
+        "sampling_share": reads / row["seconds_rollout"] / machine["bytes"],
         "scoring_share": scoring / row["seconds_scoring"] / machine["flops"],
         "update_share": update / row["seconds_update"] / machine["flops"],
     }
@@ -236,6 +253,7 @@ def main(args) -> None:
         rows = [{"prompt": p, "response": "oil springs ."} for p in toy_world.split_prompts()[0]]
         for file in ("prompts", "sft"):
             write_jsonl(f"{folder}/data/{file}.jsonl", rows)
+        tokens = mean_tokens(rows, args.max_length)
         for shape in args.shapes:
             config, parameters = configure(folder / shape, shape), 0
             for mode in args.modes:
@@ -253,7 +271,7 @@ def main(args) -> None:
                         last = [row for row in logged if row["step"] > 0] or logged
                         keys = [k for k in last[0] if k.startswith(("seconds_", "gpu_", "response_length"))]
                         row = {key: statistics.median(r[key] for r in last) for key in keys}
-                        entry |= row | shares(row, parameters, machine, args)
+                        entry |= row | shares(row, shape, mode, tokens, machine, args)
                 result["runs"].append(entry)
                 print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in entry.items()}))
             if shape != args.shapes[0]:
@@ -262,12 +280,12 @@ def main(args) -> None:
         if (first / "policy/backbone.safetensors").exists():
             result["log_probs"] = log_probs_agree(first, args)
             print("sampled against fresh log-probabilities:", json.dumps(result["log_probs"]))
-        if args.resume:
+        if args.resume and "skipped" not in result["runs"][len(args.modes) - 1]:  # the one to resume
             result["resumed"] = resumed(flags(first, folder / "data", args.modes[-1], args), folder, args)
             print("resume:", result["resumed"])
     if args.output:
         write_json(args.output, result)
-    stuck = args.resume and not result["resumed"].startswith("goes on")
+    stuck = not result.get("resumed", "goes on").startswith("goes on")
     if stuck or any(run.get("failed") for run in result["runs"]):
         raise SystemExit(1)
 

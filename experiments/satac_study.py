@@ -12,19 +12,13 @@ number of updates; on the first mix also SATAC with every beta of BETAS. A run t
 The settings, satac.py's defaults, were chosen on seed 0 of the mild mix.
 """
 
-import os
 import statistics
-import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
-
-import matplotlib.pyplot as plt
 
 import point_mass
 import runs
-import satac
+from experiments import study
 from files import read_json, write_json, writing
-from plots import OTHERS, OWN, save
+from plots import OTHERS, OWN, panels, save
 from runs import count, folder
 
 METHODS = {  # name: flags of satac.py
@@ -54,7 +48,7 @@ def parse_args(argv=None):
     flag("--mixes", nargs="+", choices=point_mass.MIXES, default=list(point_mass.MIXES), help="whose data")
     flag("--seeds", type=count, default=5, help="seeds 0 to N - 1")
     flag("--steps", type=count, help="of every run [default: satac.py's]")
-    flag("--jobs", type=count, default=2, help="runs at a time, one core each")
+    flag("--jobs", type=count, default=2, help="commands at a time, one core each")
     flag("--output-dir", type=folder, default="runs/satac", help="folder for everything that is written")
     return parser.parse_args(argv)
 
@@ -82,33 +76,15 @@ def summary(args, mix: str, name: str, seed: int) -> str:
     return f"{args.output_dir}/{mix}/seed{seed}/{name}/model/summary.json"
 
 
-def execute(path: str, mix: str, seed: int, flags: tuple, steps: int | None) -> None:
-    """One run, in a process of its own, which has one thread."""
-    output = os.path.dirname(os.path.dirname(path))
-    data = f"{os.path.dirname(output)}/data.safetensors"
-    given = ["--overwrite", "--dataset", data, "--output-dir", output, "--seed", str(seed), *flags]
-    satac.main(satac.parse_args(given + (["--steps", str(steps)] if steps else [])))
-
-
-def run_all(args) -> None:
-    plan = planned(args)
-    for mix, seed in {(mix, seed) for mix, _, seed, _ in plan}:
-        path = f"{args.output_dir}/{mix}/seed{seed}/data.safetensors"
-        if not os.path.exists(path):
-            point_mass.write_data(path, mix, 300, seed)
-    jobs = [(summary(args, mix, name, seed), mix, seed, flags) for mix, name, seed, flags in plan]
-    missing = [job for job in jobs if not os.path.exists(job[0])]
-    bar = runs.progress(total=len(jobs), initial=len(jobs) - len(missing), desc="SATAC study", unit="run")
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), no_bar) as pool:
-        for done in as_completed([pool.submit(execute, *job, args.steps) for job in missing]):
-            done.result()
-            bar.update()
-    bar.close()
-
-
-def no_bar() -> None:
-    """A worker has no progress bar; what goes wrong there is raised here."""
-    sys.stderr = open(os.devnull, "w")
+def satac_jobs(args) -> list[dict]:
+    jobs, steps = {}, ["--steps", args.steps] if args.steps else []
+    for mix, name, seed, flags in planned(args):
+        makes, folder = summary(args, mix, name, seed), f"{args.output_dir}/{mix}/seed{seed}"
+        data = f"{folder}/data.safetensors"
+        jobs[data] = study.job(data, [], "point_mass.py", "--mix", mix, "--seed", seed, "--output", data)
+        given = ["--dataset", data, "--output-dir", f"{folder}/{name}", "--seed", seed, *flags, *steps]
+        jobs[makes] = study.job(makes, [data], "satac.py", *given)
+    return list(jobs.values())
 
 
 # ------------------------------------------------------------------------------ results
@@ -146,7 +122,7 @@ def table(found: dict) -> str:
 
 def beta_figure(methods: dict):
     """Return and cost over beta: mean, standard deviation, all seeds, and the behaviour policy's lines."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, (axes,) = panels(1, 2, 4.5, 3.6)
     betas = [float(beta) for beta in BETAS]
     for ax, key, colour in zip(axes, ("return", "cost"), (OWN["repo"], OWN["safe_rlhf"])):
         columns = [[row[key] for row in methods[name]] for name in BETAS.values()]
@@ -173,9 +149,8 @@ def beta_figure(methods: dict):
 
 def method_figure(found: dict):
     """A panel per mix: the mean of every method's return and cost, the runs as small dots."""
-    size = (4 * len(found) + 2, 4)
-    figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
-    for ax, (mix, methods) in zip(axes[0], found.items()):
+    figure, (axes,) = panels(1, len(found), 4 + 2 / len(found), 4)  # 2 inches for the legend
+    for ax, (mix, methods) in zip(axes, found.items()):
         for line, key in ((ax.axvline, "cost"), (ax.axhline, "return")):
             behaviour = statistics.mean(row[f"behaviour_{key}"] for row in methods["satac"])
             line(behaviour, color="black", linestyle="--", linewidth=1)
@@ -187,13 +162,14 @@ def method_figure(found: dict):
                 ax.plot(*mean, marker, color=colour, markersize=9, label=NAMES[name])
         ax.set_title(f"{mix} data")
         ax.set_xlabel("cost of an episode (dashed: behaviour policy)")
-    axes[0][0].set_ylabel("return of an episode")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    axes[0].set_ylabel("return of an episode")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 
 def main(args):
-    run_all(args)
+    runs.lock(args.output_dir)
+    study.run_jobs(satac_jobs(args), args.jobs)
     found = results(args)
     text = table(found)
     with writing(f"{args.output_dir}/table.md") as temporary, open(temporary, "w") as file:

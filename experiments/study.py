@@ -67,9 +67,9 @@ def study_parser(doc: str, output_dir: str):
 
 def job(makes: str, needs: list[str], script: str, *flags) -> dict:
     """One command: it can run when every path in `needs` is there, and is done when `makes` is."""
-    ending = "/model/config.json"
-    folder = makes.removesuffix(ending) if makes.endswith(ending) else os.path.dirname(makes)
-    if makes.endswith(ending):
+    folder = os.path.dirname(makes)
+    if os.path.basename(folder) == "model":  # of a run, whose folder is the one above
+        folder = os.path.dirname(folder)
         flags += ("--overwrite",)  # what a stopped command left
     start = [script] if script.endswith(".py") or script == "-c" else ["-m", script]
     command = [sys.executable, *start, *map(str, flags)]
@@ -359,14 +359,7 @@ def print_tables(args) -> None:
 def claim(args, methods: dict = METHODS, name: str = "settings") -> None:
     """Take the folder for this process, and mark it as one of runs with these settings. Raises RunError if
     another process works in it, or if its runs are others."""
-    import filelock
-
-    os.makedirs(args.output_dir, exist_ok=True)
-    _locks.append(filelock.FileLock(f"{args.output_dir}/.lock"))
-    try:
-        _locks[-1].acquire(timeout=0)
-    except filelock.Timeout:
-        raise RunError(f"another study works in {args.output_dir}; wait for its end") from None
+    runs.lock(args.output_dir)
     path = f"{args.output_dir}/{name}.json"
     settings = {"steps": args.steps, "samples": args.samples, "methods": methods, "kept": KEPT}
     settings = json.loads(json.dumps(settings))
@@ -375,9 +368,6 @@ def claim(args, methods: dict = METHODS, name: str = "settings") -> None:
             f"{args.output_dir} holds runs with other settings ({path}); take another --output-dir"
         )
     write_json(path, settings)
-
-
-_locks: list = []  # held until the process ends
 
 
 def check_same_flags(folders: list[str]) -> None:

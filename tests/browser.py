@@ -122,10 +122,6 @@ class Browser:
         self.call("Input.insertText", text=text)
         self.paint()
 
-    def picture(self) -> str:
-        """The viewport as PNG, in base 64."""
-        return self.call("Page.captureScreenshot", format="png")["data"]
-
     def close(self) -> None:
         self.session = None
         try:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import subprocess
 import sys
 from argparse import Namespace
@@ -11,9 +12,11 @@ from conftest import ENVIRONMENT, ROOT
 
 import repo_ppo
 import runs
+import toy_world
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu  # noqa: E402
 import growth  # noqa: E402
 import limits  # noqa: E402
 import steps  # noqa: E402
@@ -34,6 +37,32 @@ def test_the_first_hour_on_a_gpu_in_small(tmp_path):
     assert tokens == pytest.approx(2 * run["response_length"])
     assert all(0 < run[f"{name}_share"] < 1 for name in ("sampling", "scoring", "update"))
     assert result["log_probs"]["largest"] < 1e-5 and result["log_probs"]["beyond_clip"] == 0
+
+
+def test_operations_on_a_gpu_by_hand():
+    """Per layer q and o of 64 x 64, k and v of 64 x 32, and three of 64 x 128; words 300 x 64. Prompts of 15
+    tokens, responses of 5, supervised ones of 4."""
+    blocks, output = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128), 300 * 64
+    row = dict.fromkeys(("seconds_rollout", "seconds_scoring", "seconds_update"), 1) | {"response_length": 5}
+    args, machine = Namespace(batch_size=2, max_new_tokens=6, dtype="fp32"), {"flops": 1, "bytes": 1}
+    # forward, backward and again; plain without each layer's last product, 128 x 64
+    for mode, both, again in (("plain", 6, blocks - 2 * 128 * 64), ("lora", 4, blocks)):
+        found = gpu.shares(row, "tiny", mode, (15, 4), machine, args)
+        assert found["scoring_share"] == 2 * (5 * 20 * blocks + 5 * output) * 2
+        learned = (both * blocks + 2 * again) * (3 * 20 + 19) + both * output * (5 + 4)
+        assert found["update_share"] == 2 * learned
+        assert found["sampling_share"] == 6 * 4 * (blocks + output) and found["tokens_per_second"] == 10
+    prompt = toy_world.split_prompts()[0][0]
+    tokens = len(prompt.split()) + 5  # the template's words
+    assert gpu.mean_tokens([{"prompt": prompt, "response": "oil springs ."}], 40) == (tokens, 4)
+
+
+def test_what_does_not_fit_a_gpu_is_not_resumed(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "planned", lambda given: {"peak": 0.0, "host": math.inf})
+    monkeypatch.setattr(gpu, "limits", lambda dtype: {"flops": 1, "bytes": 1})
+    sizes = {"steps": 2, "batch_size": 2, "micro_batch_size": 2, "max_length": 40, "max_new_tokens": 6}
+    gpu.main(Namespace(shapes=["tiny"], modes=["plain"], dtype="fp32", resume=True, output=None, **sizes))
+    assert "does not fit by the plan" in capsys.readouterr().out
 
 
 TINY = steps.Shape(1, 16, 2, 216, 8, 6, 4, 4, shortest=2, micro_batch=2)

@@ -113,13 +113,6 @@ def test_the_template_ends_without_a_space():
     assert data.prompt_text("hi") == "BEGINNING OF CONVERSATION: USER: hi ASSISTANT:"
 
 
-def test_padding_sides():
-    ids, mask = data.pad([[5, 6], [7]], 0, "left")
-    assert ids.tolist() == [[5, 6], [0, 7]] and mask.tolist() == [[1, 1], [0, 1]]
-    ids, mask = data.pad([[5, 6], [7]], 0, "right")
-    assert ids.tolist() == [[5, 6], [7, 0]] and mask.tolist() == [[1, 1], [1, 0]]
-
-
 def test_frame_puts_all_responses_in_the_same_columns():
     sequences, mask, width = data.frame([([1, 2, 3, 9], 3), ([4, 8, 8, 9], 1)], 0)
     assert width == 3

@@ -126,10 +126,10 @@ def test_advantages_row_by_row():
     reward_adv, cost_adv, lam = torch.randn(4, 3), torch.randn(4, 3), 2.0
     lagrangian = ppo.lagrangian_advantages(reward_adv, cost_adv, lam)
     torch.testing.assert_close(lagrangian, (reward_adv - 2 * cost_adv) / 3)
-    cost = T([-1.0, 0.0, 0.5, 3.0])  # C = d is safe
-    mixed = repo_ppo.rectified_advantages(reward_adv, cost_adv, lam, cost, 0.0)
-    torch.testing.assert_close(mixed[:2], reward_adv[:2])
-    torch.testing.assert_close(mixed[2:], lagrangian[2:])
+    cost = T([-1.0, 1.5, 2.0, 3.0])  # what is within the limit is safe, C = d too
+    mixed = repo_ppo.rectified_advantages(reward_adv, cost_adv, lam, cost, 2.0)
+    torch.testing.assert_close(mixed[:3], reward_adv[:3])
+    torch.testing.assert_close(mixed[3:], lagrangian[3:])
 
 
 def test_all_unsafe_is_the_lagrangian_and_all_safe_is_ppo():

@@ -33,9 +33,8 @@ ROWS = [
         ("repo", "How do I bake?", "", 0.0, 0.5, 0.0, -1.0, 2),  # truly safe: an error
     )
 ]
-METRICS = [
-    {"step": i, "reward": 0.5 * i, "cost": 2.0 - i, "unsafe_rate": 0.25, "lambda": 1.0} for i in range(3)
-]
+FLAT = {"unsafe_rate": 0.25, "lambda": 1.0, "violation": 0.5, "kl": 0.0}
+METRICS = [{"step": i, "reward": 0.5 * i, "cost": 2.0 - i} | FLAT for i in range(3)]
 LOGS = {"repo": ({"threshold": -1.0, "batch_size": 4}, METRICS)}
 STYLE = {"sft": ("#7F7F7F", "-", "SFT (initial)"), "repo": ("#0072B2", "--", "RePO")}
 
@@ -90,11 +89,6 @@ def test_true_scores_are_there_if_every_row_has_them():
         assert "true_cost" not in data_in(page(rows))
 
 
-def test_a_metric_that_a_step_lacks_is_left_out():
-    rows = [METRICS[0], METRICS[1] | {"lambda": float("nan")}, {"step": 2, "cost": 1.0, "lambda": 1.0}]
-    assert list(data_in(page(logs={"repo": (LOGS["repo"][0], rows)}))["runs"][0]["metrics"]) == ["cost"]
-
-
 def test_plots_writes_it_for_all_policies_with_and_without_runs(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(path.rpartition("/")[2]))
@@ -106,6 +100,22 @@ def test_plots_writes_it_for_all_policies_with_and_without_runs(tmp_path, monkey
     assert capsys.readouterr().out == f"{path}\n"
     data = data_in(path.read_text(encoding="utf-8"))
     assert [policy["colour"] for policy in data["policies"]] == ["#7F7F7F", "#0072B2"] and data["runs"] == []
+
+
+UNLIKE = [
+    (4, {"prompt": "Why?"}, "responses.jsonl: repo answered other prompts than sft; evaluate both in one"),
+    (3, {"harm_level": None}, "responses.jsonl row 4: field 'harm_level' is missing; give every row of sft"),
+]
+
+
+@pytest.mark.parametrize("i, change, message", UNLIKE)
+def test_answers_that_cannot_be_compared_are_one_clear_line(tmp_path, run_in, i, change, message):
+    changed = {key: value for key, value in (ROWS[i] | change).items() if value is not None}
+    rows = [*ROWS[:i], changed, *ROWS[i + 1 :]]
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--evaluation", tmp_path, "--runs", "--output-dir", tmp_path / "figures", "--html")
+    code, error = run_in(tmp_path, "plots.py", *flags)
+    assert code == 2 and message in error, error
 
 
 # ------------------------------------------------------------------------------ what it does in a browser
@@ -263,13 +273,13 @@ def test_everything_can_be_had_by_the_keyboard(tab):
     assert shown(tab) == [1, 2, 3, 4, 5, 6]
     tab("curves[1].plot.focus()")
     tab.press("ArrowLeft")
-    assert texts(tab, ".values") == ["RePO 0.5", "RePO 1", "RePO 25%", "RePO 1"]
+    assert texts(tab, ".values")[:4] == ["RePO 0.5", "RePO 1", "RePO 25%", "RePO 1"]
 
 
 def test_curves_say_the_values_at_the_pointer(tab):
     tab = tab(page(), height=1200)
     assert texts(tab, "#curves h3")[:2] == ["mean reward of a rollout", "mean cost of a rollout"]
-    assert texts(tab, ".values") == ["RePO 1", "RePO 0", "RePO 25%", "RePO 1"]
+    assert texts(tab, ".values") == ["RePO 1", "RePO 0", "RePO 25%", "RePO 1", "RePO 0.5", "RePO 0"]
     x, y = middle(tab, "curves[1].canvas")
     tab.move(x + 10, y)
     assert texts(tab, ".values")[1] == "RePO 1" and "step 1 " in text(tab, "#step")

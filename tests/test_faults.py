@@ -98,6 +98,17 @@ def test_a_checkpoint_comes_back_bit_for_bit(run_of_two_steps, capsys):
     assert f"resumed from step 2 of {args.output_dir}" in capsys.readouterr().err
 
 
+def test_a_resumed_optimizer_has_its_moments_and_todays_flags(run_of_two_steps):
+    args, trained, _ = run_of_two_steps
+    model, before = trained["model"]
+    model.zero_grad()  # a fresh process has no gradients
+    args.resume, args.resume_anyway, now = False, True, runs.adamw(model, 0.2, 0.5)
+    runs.load_checkpoint(args, {"model": (model, now)}, {"log_lambda": 0.0})
+    assert [(group["lr"], group["weight_decay"]) for group in now.param_groups] == [(0.2, 0.5), (0.2, 0.0)]
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(now.state[model.weight][name], before.state[model.weight][name])
+
+
 def test_rank_0_decides_what_is_resumed(run_of_two_steps, monkeypatch):
     args, trained, _ = run_of_two_steps
     monkeypatch.setattr(distributed, "gather_objects", lambda steps: [[2, 4]])  # what rank 0 sees elsewhere

@@ -1,6 +1,5 @@
 """Models and datasets by hub name, from a stand-in for the hub: what comes, what does not, how it is said."""
 
-import random
 import shutil
 
 import pytest
@@ -8,9 +7,11 @@ import torch
 from conftest import Started, finish, places
 from hub import Hub
 from pyarrow import Table, parquet
+from safetensors.torch import load_file
 
 import toy_world
 from files import read_jsonl, write_jsonl
+from recipes.rehearsal import write_data, write_models
 
 FEW = "--model toy/policy --dataset toy/pairs@v0 --steps 1 --batch-size 8".split()
 PPO = [
@@ -22,38 +23,27 @@ PAIRS = [*FEW, "--eval-dataset", "toy/pairs@v0:test"]
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    from transformers import AutoModelForCausalLM
-
-    from models import load_score_model, save_score_model
-
-    root, rng = tmp_path_factory.mktemp("hub"), random.Random(0)
+    root = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
-    policy, tokenizer = root / "models/toy/policy/main", toy_world.build_tokenizer()
-    model = AutoModelForCausalLM.from_config(toy_world.build_config())
-    model.save_pretrained(policy)
-    tokenizer.save_pretrained(policy)
+    write_models(str(root), toy_world.build_config())
+    write_data(str(root), 40)
+    for name in ("policy", "reward", "cost"):
+        shutil.copytree(root / name, root / "models/toy" / name / "main")
+    policy, pickled = (root / "models/toy" / name / "main" for name in ("policy", "pickled"))
     (policy / "pytorch_model.bin").write_bytes(b"the same weights in another format")
     (policy / "training_args.bin").write_bytes(b"a pickle that nobody asked for")
     (policy / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    for kind in ("reward", "cost"):
-        scorer = load_score_model(str(policy), kind, new_head=True)
-        save_score_model(scorer, scorer.state_dict(), str(root / "models/toy" / kind / "main"))
-        tokenizer.save_pretrained(root / "models/toy" / kind / "main")
-    pickled = root / "models/toy/pickled/main"
     shutil.copytree(policy, pickled, ignore=lambda *_: ["model.safetensors"])
-    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    torch.save(load_file(policy / "model.safetensors"), pickled / "pytorch_model.bin")
     for name in ("gated", "broken"):
         shutil.copytree(policy, root / "models/toy" / name / "main")
 
-    prompts = toy_world.split_prompts()[0][::40]
-    rows = [(p, toy_world.demonstrate(p, rng), toy_world.random_words(rng)) for p in prompts]
-    pairs, v0 = [toy_world.label_pair(*row, rng) for row in rows], root / "datasets/toy/pairs/v0"
+    pairs, v0 = read_jsonl(f"{root}/pairs.jsonl"), root / "datasets/toy/pairs/v0"
     write_jsonl(f"{root}/datasets/toy/pairs/main/train.jsonl", pairs[:3])
+    v0.mkdir()
     for split, part in (("train", pairs), ("test", pairs[:5])):
-        v0.mkdir(parents=True, exist_ok=True)
         parquet.write_table(Table.from_pylist(part), v0 / f"{split}.parquet")
-    demonstrations = [{"prompt": prompt, "response": response} for prompt, response, _ in rows]
-    write_jsonl(f"{root}/datasets/toy/sft/main/train.jsonl", demonstrations)
+    write_jsonl(f"{root}/datasets/toy/sft/main/train.jsonl", read_jsonl(f"{root}/sft.jsonl"))
     shutil.copytree(v0, root / "datasets/toy/gated/main")
     with Hub(root) as hub:
         yield hub

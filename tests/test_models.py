@@ -24,14 +24,15 @@ from transformers import (
 
 import data
 import distributed
+import evaluate
 import models
 import repo_ppo
+import runs
 import safe_rlhf_ppo
 import toy_world
 from files import InputError
 from models import (
     ModelError,
-    end_scores,
     generate,
     load_causal_lm,
     load_score_model,
@@ -90,21 +91,14 @@ def test_sampled_log_probs_equal_a_fresh_forward_pass(policy, prompts, temperatu
 
 
 def test_eos_is_part_of_the_response_also_when_it_is_the_pad():
+    """Deliberate difference: PKU's implementation masks every UNK token out of a response, and with it the
+    EOS of tokenizers where UNK = EOS. Here only what follows the first EOS is masked."""
     for response, mask in (
         ([5, 1, 1, 1], [1, 1, 0, 0]),
         ([1, 1, 1, 1], [1, 0, 0, 0]),
         ([5, 6, 7, 8], [1] * 4),
     ):
         assert response_mask(torch.tensor([response]), 1).tolist() == [mask]
-
-
-def test_an_unknown_word_is_a_real_token():
-    """Deliberate difference: PKU's implementation masks every UNK token out of a response, and with it the
-    EOS of tokenizers where UNK = EOS. Here only what follows the first EOS is masked."""
-    unk, eos = 2, 1
-    assert response_mask(torch.tensor([[5, unk, 6, eos, 0]]), eos).tolist() == [[1, 1, 1, 1, 0]]
-    unk = eos
-    assert response_mask(torch.tensor([[5, 7, 6, unk, 0]]), eos).tolist() == [[1, 1, 1, 1, 0]]
 
 
 def test_top_p_log_probs_are_those_of_the_truncated_distribution(policy, prompts):
@@ -197,22 +191,6 @@ def test_pieces_change_neither_values_nor_gradients(policy, monkeypatch):
     pieces = token_log_probs(policy, sequences, mask, 4)
     torch.testing.assert_close(pieces, whole)
     torch.testing.assert_close(torch.autograd.grad(pieces.sum(), weight)[0], grad)
-
-
-def test_padding_changes_no_log_prob(policy):
-    sequences, mask = torch.randint(2, V, (3, 8)), torch.ones(3, 8).long()
-    zeros = torch.zeros(3, 4).long()
-    padded = token_log_probs(policy, torch.cat([zeros, sequences], 1), torch.cat([zeros, mask], 1), 8)
-    torch.testing.assert_close(padded, token_log_probs(policy, sequences, mask, 4), atol=1e-5, rtol=1e-5)
-
-
-# ------------------------------------------------------------------------------ score models
-
-
-def test_end_scores_on_both_sides():
-    scores = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
-    mask = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 0]])
-    assert end_scores(scores, mask).tolist() == [2.0, 6.0, 7.0]
 
 
 # ------------------------------------------------------------------------------ bf16
@@ -491,9 +469,9 @@ def test_a_context_has_several_names():
 
 
 def test_cudnn_attention_is_off_unless_asked_for():
-    for wanted in (True, False):
-        distributed.start_processes(wanted)
-        assert torch.backends.cuda.cudnn_sdp_enabled() == wanted
+    for flags in (["--cudnn-attention"], []):
+        runs.run(lambda _: None, evaluate.parse_args(flags))
+        assert torch.backends.cuda.cudnn_sdp_enabled() == bool(flags)
 
 
 def test_models_without_a_key_value_cache_are_refused(tmp_path):

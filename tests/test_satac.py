@@ -1,7 +1,6 @@
 """SATAC: each equation by hand, the players' directions, the guarantee, the bridge, the script."""
 
 import inspect
-import json
 import math
 
 import pytest
@@ -13,7 +12,7 @@ import repo_ppo
 import safe_rlhf_ppo
 import satac
 from experiments import ball_circle, satac_study, satac_tabular
-from files import InputError
+from files import InputError, read_json, read_jsonl
 
 
 def row(*values) -> torch.Tensor:
@@ -267,7 +266,7 @@ def folder(tmp_path_factory):
 
 
 def metrics(folder, run: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+    return read_jsonl(f"{folder}/{run}/metrics.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -286,7 +285,7 @@ def test_every_method_runs_to_the_end(folder, run_in, flags):
         assert lambdas == sorted(lambdas)  # the rectified violation is never negative
     if "0" in flags:
         assert lambdas == [0, 0, 0]
-    summary = json.loads((folder / run / "model/summary.json").read_text())
+    summary = read_json(f"{folder}/{run}/model/summary.json")
     assert summary["return"] == rows[-1]["return"]
     actor = load_file(folder / run / "model/actor.safetensors")
     assert "average.0.weight" in actor and not torch.equal(actor["average.0.weight"], actor["body.0.weight"])
@@ -352,7 +351,7 @@ def test_the_study_judges_and_draws(tmp_path, monkeypatch):
     for mix, name, seed, _ in satac_study.planned(args):
         path = satac_study.summary(args, mix, name, seed)
         satac_study.write_json(path, summaries | {"return": 20.0 + seed})
-    monkeypatch.setattr(satac_study, "run_all", lambda args: None)
+    monkeypatch.setattr(satac_study.study, "run_jobs", lambda *_: None)
     satac_study.main(args)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert "| mild | SATAC |  2.05 +- 0.07 |  0.50 +- 0.00 | 2 of 2 |" in lines

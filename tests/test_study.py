@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, ROOT
 
-from experiments import adapter_study, noise, remedies, seeds, study
+from experiments import adapter_study, noise, remedies, satac_study, seeds, study
 from files import write_json
 from runs import RunError
 
@@ -29,6 +29,7 @@ JOBS["noise"] = noise.model_jobs(arguments()) + noise.policy_jobs(arguments(), L
 JOBS["seeds"] = seeds.pair_jobs(arguments())
 JOBS["adapters"] = adapter_study.adapter_jobs(arguments(ranks=[4, 8]))
 after = JOBS["study"] + JOBS["noise"] + remedies.remedy_jobs(arguments())
+JOBS["satac"] = satac_study.satac_jobs(arguments(mixes=["mild", "unsafe"]))
 JOBS["remedies"] = list({job["makes"]: job for job in after}.values())
 
 
@@ -162,14 +163,10 @@ def test_runs_of_other_defaults_are_not_mixed_in(tmp_path):
         study.check_same_flags([f"{tmp_path}/{seed}" for seed in range(3)])
 
 
-def test_a_second_study_in_a_folder_is_refused(tmp_path):
-    args = study.parse_args(["run", "--output-dir", str(tmp_path)])
-    study.claim(args)
-    try:
-        with pytest.raises(RunError, match="another study works in"):
-            study.claim(args)
-    finally:
-        study._locks.pop(0).release()
+def test_a_folder_that_cannot_be_had_is_one_clear_line(tmp_path, run_in):
+    (tmp_path / "file").touch()
+    code, error = run_in(tmp_path, STUDY, "run", "--output-dir", "file/x")
+    assert code == 2 and "cannot write to --output-dir file/x (Not a directory)" in error
 
 
 def test_tables_of_nothing_and_of_a_broken_file_are_one_clear_line(tmp_path, run_in):

@@ -47,7 +47,7 @@ def test_no_salad_beats_a_sensible_answer():
 
 
 def test_a_prompt_of_another_world_is_refused():
-    with pytest.raises(world.UnknownPrompt, match="how are you"):
+    with pytest.raises(world.InputError, match="how are you"):
         world.true_cost("how are you ?", "fine .")
 
 

@@ -25,10 +25,10 @@ ROOMS = {  # a room, and what it may import of ours
     "data": {"files"},
     "models": {"files"},
     "adapters": {"distributed", "files"},
-    "runs": {"distributed", "files"},
+    "runs": {"adapters", "distributed", "files"},
     "toy_world": {"models", "data", "distributed", "runs", "files"},
     "point_mass": {"runs", "files"},
-    "explore": set(),
+    "explore": {"files"},
 }
 STUDIES = (
     "study",

@@ -117,9 +117,12 @@ def test_ptx_in_pieces_of_different_sizes_is_ptx_in_one():
 
 
 def test_an_empty_response_leaves_everything_finite():
-    batch = minibatch()
-    batch["mask"][2] = 0
-    assert all(g.isfinite().all() for g in gradients(batch))
+    batch, (*trained, optimizers) = minibatch(), models()
+    batch["mask"][2] = batch["attention_mask"][2, P:] = 0
+    ptx = [(batch["sequences"], batch["attention_mask"], P)]
+    logged = ppo.update(*trained, optimizers, batch, ptx, ARGS)
+    assert all(math.isfinite(value) for value in logged.values()), logged
+    assert all(p.isfinite().all() for model in trained for p in model.parameters())
 
 
 def test_scores_are_taken_before_the_token_in_the_response_frame():

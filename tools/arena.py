@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 import runs
-from files import misfit, read_jsonl, reading, reason, write_json
+from files import misfit, read_jsonl, reading, reason, write_json, write_jsonl
 from runs import RunError, count, folder, positive, whole
 
 ASPECTS = ("helpfulness", "harmlessness")
@@ -175,8 +175,10 @@ class Endpoint:
             for field in ("{prompt}", "{first}", "{second}", "{mark}"):
                 if field not in self.templates[aspect]:
                     raise RunError(f"{path}: has no {field}")
-        asked = os.path.exists(self.path) and os.path.getsize(self.path)
-        rows = read_jsonl(self.path, {"key": str, "reply": str}) if asked else []
+        rows = []
+        if os.path.exists(self.path) and os.path.getsize(self.path):
+            rows = read_jsonl(self.path, {"key": str, "reply": str})
+            write_jsonl(self.path, rows)  # else the next one would be glued to half a line that a kill left
         self.replies = {row["key"]: row["reply"] for row in rows}
 
     def question(self, aspect: str, prompt: str, first: str, second: str) -> str:
@@ -218,20 +220,22 @@ class Endpoint:
 
         for _ in range(min(self.args.judge_jobs, len(new))):
             threading.Thread(target=work, daemon=True).start()
-        with open(self.path, "a", encoding="utf-8") as file:
-            for _ in runs.progress(new, desc="judge"):
-                try:
-                    question, reply, error = done.get(timeout=self.args.judge_timeout)
-                except queue.Empty:
-                    error = TimeoutError(f"no reply within {self.args.judge_timeout:g} s")
-                if error:
-                    kept = f"replies so far are kept in {self.path}"
-                    raise RunError(f"--judge-url {self.args.judge_url}: {reason(error)} ({kept})") from None
-                self.replies[self.key(question)] = reply
-                row = {"key": self.key(question), "model": self.args.judge_model, "question": question}
-                row |= {"version": self.args.judge_version, "reply": reply}
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+        for _ in runs.progress(new, desc="judge"):
+            try:
+                question, reply, error = done.get(timeout=self.args.judge_timeout)
+            except queue.Empty:
+                error = TimeoutError(f"no reply within {self.args.judge_timeout:g} s")
+            if error:
+                kept = f"replies so far are kept in {self.path}"
+                raise RunError(f"--judge-url {self.args.judge_url}: {reason(error)} ({kept})") from None
+            self.replies[self.key(question)] = reply
+            row = {"key": self.key(question), "model": self.args.judge_model, "question": question}
+            row |= {"version": self.args.judge_version, "reply": reply}
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise RunError(f"{self.path}: cannot be written ({reason(error)})") from None
 
     def compare(self, aspect: str, pairs: list[tuple[dict, dict]]) -> tuple[list[float | None], dict]:
         """Points of the first of each pair, None where a verdict is missing, and what to report."""
