@@ -1,5 +1,5 @@
 """The first hour on a GPU in one command: three steps of repo_ppo.py on random weights of real shapes, with
-the recipes' flags, plain, under --fsdp and with adapters.
+the recipes' flags: plain, under --fsdp, with adapters, and with adapters beside weights in 8 bits.
 
     python benchmarks/gpu.py                                              # the 1b, the 3b and the 7b shape
     python benchmarks/gpu.py --shapes 1b --modes fsdp --batch-size 64
@@ -51,6 +51,7 @@ SHAPES = {
 }
 MODES = {"plain": [], "fsdp": ["--fsdp"], "offload": ["--fsdp", "--cpu-offload"]}
 MODES["lora"] = ["--lora-rank", "16", "--lora-alpha", "32"]
+MODES["int8"] = [*MODES["lora"], "--quantize", "int8"]
 CUDA = torch.cuda.is_available()
 
 
@@ -201,9 +202,9 @@ def shares(row: dict, shape: str, mode: str, tokens: tuple[float, float], machin
     passed, judged = 3 * (prompt + response) + prompt + supervised, response + supervised
     # forward and backward, and what is computed again: torch stops before a block's last product, whose input
     # is all that the backward pass needs, unless an adapter comes after it
-    both, again = (4, blocks) if mode == "lora" else (6, blocks - layers * hidden * inner)
+    both, again = (4, blocks) if mode in ("lora", "int8") else (6, blocks - layers * hidden * inner)
     update = (both * blocks + 2 * again) * passed + both * output * judged
-    reads = args.max_new_tokens * (blocks + output) * width
+    reads = args.max_new_tokens * (blocks * (1 if mode == "int8" else width) + output * width)
     return {
         "tokens_per_second": response / row["seconds_rollout"],
         "sampling_share": reads / row["seconds_rollout"] / machine["bytes"],
@@ -306,7 +307,13 @@ if __name__ == "__main__":
     parser = runs.parser(__doc__)
     flag = parser.add_argument
     flag("--shapes", nargs="+", choices=SHAPES, default=["1b", "3b", "7b"], help="the smallest first")
-    flag("--modes", nargs="+", choices=MODES, default=["plain", "fsdp", "lora"], help="ways to hold them")
+    flag(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=["plain", "fsdp", "lora", "int8"],
+        help="ways to hold them",
+    )
     flag("--steps", type=runs.count, default=3, help="steps of every run")
     flag("--batch-size", type=runs.count, default=32, help="samples of a rollout")
     flag("--micro-batch-size", type=runs.count, default=8, help="samples of a pass")

@@ -4,9 +4,10 @@
     python -m experiments.adapter_study --seeds 1 --ranks 8 --output-dir runs/look
 
 Per seed one world and one SFT policy, all of it trained. From there a reward model, a cost model and RePO:
-once with all weights, and per rank with adapters, --lora-alpha twice the rank. There RePO runs twice, with
-adapters in the policy's blocks only, and in its output layer as well. RATES are learning rates of adapters,
-chosen with rank 8 on the training prompts of seed 0; full training has its defaults.
+once with all weights, and per rank with adapters, --lora-alpha twice the rank. There RePO runs three times:
+with adapters in the policy's blocks only, in its output layer as well, and these with the frozen weights in
+8 bits. The learning rates of adapters were chosen on the training prompts of seed 0; full training has its
+defaults.
 
 Resumable like experiments.study, whose commands these are, and at home in the same folder, where what full
 training makes is the study's. It prints the table of docs/results.md.
@@ -17,7 +18,12 @@ from experiments import study
 from files import write_json
 from runs import count
 
-RATES = {"reward_model": "6e-3", "cost_model": "6e-3", "critics": "4e-3", "repo": "4e-3", "output": "1.2e-2"}
+RATES = {"reward": "3e-3", "cost": "6e-3"}
+RUNS = {  # name: flags of RePO
+    "blocks": ("--lr", "4e-3"),
+    "output": ("--lr", "1.2e-2", "--lora-output"),
+    "int8": ("--lr", "1.2e-2", "--lora-output", "--quantize", "int8"),
+}
 COLUMNS = ("true_unsafe_rate", "true_any_unsafe_rate", "benign_reward", "of_full", "best_safe_share")
 
 
@@ -39,16 +45,12 @@ def adapter_jobs(args) -> list[dict]:
         for rank in args.ranks:
             own, lora = f"{root}/adapters/rank{rank}", ["--lora-rank", rank, "--lora-alpha", 2 * rank]
             for kind in study.KINDS:
-                output, flags = f"{own}/{kind}_model", [*lora, "--lr", RATES[f"{kind}_model"]]
+                output, flags = f"{own}/{kind}_model", [*lora, "--lr", RATES[kind]]
                 jobs.append(study.score_model_job(output, kind, sft, world, world, seed, *flags))
-            for run, name, more in (
-                ("repo", f"rank{rank}", ()),
-                ("output", f"rank{rank}_output", ("--lora-output",)),
-            ):
-                flags = [*lora, "--lr", RATES[run], "--critic-lr", RATES["critics"], *more]
-                made, mine = f"{own}/{run}", study.scores(own)
+            for run, flags in RUNS.items():
+                made, mine, flags = f"{own}/{run}", study.scores(own), (*lora, *flags)
                 jobs.append(study.ppo_job(made, script, sft, mine, world, "balanced", seed, args, *flags))
-                policies[name] = f"{made}/model"
+                policies[f"rank{rank}_{run}"] = f"{made}/model"
         # learned scores are of the full models; the table is by the truth
         output = f"{root}/adapters/evaluation"
         jobs += study.evaluation_jobs(output, policies, scored, world, "balanced", seed, args)
@@ -56,10 +58,10 @@ def adapter_jobs(args) -> list[dict]:
 
 
 def main(args):
-    study.claim(args, {"rates": RATES, "ranks": args.ranks}, "adapter_settings")
+    study.claim(args, {"rates": RATES, "runs": RUNS, "ranks": args.ranks}, "adapter_settings")
     study.run_jobs(adapter_jobs(args), args.jobs)
     folders = [f"{args.output_dir}/seed{seed}" for seed in range(args.seeds)]
-    adapted = (f"adapters/rank{rank}/{run}" for rank in args.ranks for run in ("repo", "output"))
+    adapted = (f"adapters/rank{rank}/{run}" for rank in args.ranks for run in RUNS)
     for run in ("balanced/repo", *adapted):
         study.check_same_flags([f"{folder}/{run}" for folder in folders])
     results = study.over_seeds([f"{folder}/adapters/evaluation" for folder in folders])

@@ -46,12 +46,14 @@ def test_operations_on_a_gpu_by_hand():
     row = dict.fromkeys(("seconds_rollout", "seconds_scoring", "seconds_update"), 1) | {"response_length": 5}
     args, machine = Namespace(batch_size=2, max_new_tokens=6, dtype="fp32"), {"flops": 1, "bytes": 1}
     # forward, backward and again; plain without each layer's last product, 128 x 64
-    for mode, both, again in (("plain", 6, blocks - 2 * 128 * 64), ("lora", 4, blocks)):
+    modes = (("plain", 6, blocks - 2 * 128 * 64, 4), ("lora", 4, blocks, 4), ("int8", 4, blocks, 1))
+    for mode, both, again, width in modes:
         found = gpu.shares(row, "tiny", mode, (15, 4), machine, args)
         assert found["scoring_share"] == 2 * (5 * 20 * blocks + 5 * output) * 2
         learned = (both * blocks + 2 * again) * (3 * 20 + 19) + both * output * (5 + 4)
         assert found["update_share"] == 2 * learned
-        assert found["sampling_share"] == 6 * 4 * (blocks + output) and found["tokens_per_second"] == 10
+        assert found["sampling_share"] == 6 * (width * blocks + 4 * output)
+        assert found["tokens_per_second"] == 10
     prompt = toy_world.split_prompts()[0][0]
     tokens = len(prompt.split()) + 5  # the template's words
     assert gpu.mean_tokens([{"prompt": prompt, "response": "oil springs ."}], 40) == (tokens, 4)
