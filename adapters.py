@@ -13,12 +13,12 @@ and reference, a critic and the score model that it started from. Each pair is o
 A policy that goes on with a saved adapter (--adapter) keeps a copy of it: that one is its start.
 
 The layers are those of the transformer blocks and, with --lora-output, a language model's output layer. Where
-that one shares its weight with the embeddings, only the output changes, and the merged model has two weights.
+that one shares its weight with the embeddings, they share its low-rank term as well.
 
 With --quantize int8 a block's W is held in one byte a number (Dettmers et al. 2022, arXiv 2208.07339, without
 its outliers): W ~ diag(s) Q, Q whole numbers, s = max |W| / 127 of each row. Both twins then compute by it.
 
-Left out: dropout before A, trained biases, adapters of embeddings and of fused experts.
+Left out: dropout before A, trained biases, adapters of other embeddings and of fused experts.
 """
 
 import os
@@ -26,6 +26,7 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from distributed import blocks
@@ -86,9 +87,11 @@ class Adapter(nn.Module):
         self.B = nn.Parameter(torch.zeros(out, rank, device=layer.weight.device))
         self.A0 = self.B0 = None  # of the saved adapter that training started from, if there was one
 
+    def matrices(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        return (self.A, self.B) if self.on else (self.A0, self.B0)
+
     def forward(self, x: Tensor) -> Tensor:
-        A, B = (self.A, self.B) if self.on else (self.A0, self.B0)
-        y = self.base_layer(x)
+        (A, B), y = self.matrices(), self.base_layer(x)
         return y if A is None else y + F.linear(self.scale * F.linear(x, A), B)
 
     def __getattr__(self, name: str):
@@ -96,6 +99,23 @@ class Adapter(nn.Module):
             told = f"the model reads the {name} of {self.name} itself, past the adapter"
             raise InputError(f"--lora-rank: {told}. Name other layers by --lora-targets, or no --lora-output")
         return super().__getattr__(name)
+
+
+class TiedEmbedding(nn.Module):
+    """Embeddings that have the weight of the output layer, and so its low-rank term: (B, L) -> (B, L, H)."""
+
+    def __init__(self, layer: nn.Embedding, output: Adapter):
+        super().__init__()
+        self.base_layer, self.output = layer, (output,)  # in a tuple it is not a module of this one
+
+    def forward(self, ids: Tensor) -> Tensor:
+        (output,), y = self.output, self.base_layer(ids)
+        A, B = output.matrices()
+        if A is None:
+            return y
+        # the same look-up, in B: some families scale what they find
+        rows = functional_call(self.base_layer, {"weight": B.to(y.dtype)}, (ids,))  # (B, L, r)
+        return y + output.scale * rows @ A.to(y.dtype)
 
 
 class Head(nn.Linear):
@@ -158,13 +178,13 @@ def linear_layers(model: nn.Module, wanted: list[str] | None) -> dict[str, nn.Mo
 
 def output_layer(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> output layer of a language model; of a score model: {}. Raises InputError for one that is no
-    linear layer, or beside which other weights are tied."""
+    linear layer, or beside whose weight and the embeddings' others are tied."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None and type(output) is not nn.Linear:
         raise InputError(f"--lora-output: the output layer is a {type(output).__name__}, not a linear one")
     found = {name: module for name, module in model.named_modules() if module is output}
     if found and (other := set(model.all_tied_weights_keys) - {f"{name}.weight" for name in found}):
-        raise InputError(f"--lora-output: {min(other)} is tied as well, and the merged model has no ties")
+        raise InputError(f"--lora-output: {min(other)} is tied as well, and no adapter is known for it")
     return found
 
 
@@ -189,6 +209,8 @@ def adapt(model: nn.Module, args, start: str | None = None) -> nn.Module:
         if args.quantize and name in within:
             adapter.base_layer = Int8(layer)
         setattr(model.get_submodule(parent), own, adapter)
+        if name not in within and (embedding := model.get_input_embeddings()).weight is layer.weight:
+            model.set_input_embeddings(TiedEmbedding(embedding, adapter))
     if hasattr(model, "score_head"):
         model.score_head = Head(model.score_head)
     if start:
@@ -199,10 +221,10 @@ def adapt(model: nn.Module, args, start: str | None = None) -> nn.Module:
     return model
 
 
-def adapted(model: nn.Module) -> dict[str, Adapter]:
-    """Name -> adapter of a model, by the names of its state dict."""
+def adapted(model: nn.Module, kind: type = Adapter) -> dict[str, nn.Module]:
+    """Name -> adapter of a model (or module of another kind), by the names of its state dict."""
     named = ((name.replace("_checkpoint_wrapped_module.", ""), m) for name, m in model.named_modules())
-    return {name: module for name, module in named if isinstance(module, Adapter)}
+    return {name: module for name, module in named if isinstance(module, kind)}
 
 
 def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -220,6 +242,8 @@ def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         whole[f"{name}.weight"] = weight + (term.T if layer.transposed else term)
         if (bias := whole.pop(f"{name}.base_layer.bias", None)) is not None:
             whole[f"{name}.bias"] = bias
+    for name, module in adapted(model, TiedEmbedding).items():
+        whole[f"{name}.weight"] = whole[f"{module.output[0].name}.weight"]
     return {
         name: tensor
         for name, tensor in whole.items()
@@ -243,11 +267,23 @@ def peft_names(model: nn.Module) -> dict[str, str]:
     return {ours: f"base_model.model.{theirs}" for ours, theirs in names.items()}
 
 
+def peft_tensors(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name -> tensor of adapter_model.safetensors. For PEFT tied embeddings have an adapter of their own:
+    here the output layer's once more, as its lora_embedding_A = B^T and lora_embedding_B = A^T."""
+    tensors = {theirs: state[ours] for ours, theirs in peft_names(model).items()}
+    for name, module in adapted(model, TiedEmbedding).items():
+        for theirs, ours in ("AB", "BA"):
+            term = state[f"{module.output[0].name}.{ours}"].T
+            tensors[f"base_model.model.{name}.lora_embedding_{theirs}"] = term
+    return tensors
+
+
 def save_adapter(args, model: nn.Module, state: dict[str, Tensor]) -> None:
     """Write <output-dir>/adapter: adapter_config.json and adapter_model.safetensors."""
     from safetensors.torch import save_file
 
     layers, scores = adapted(model), hasattr(model, "score_head")
+    named = [*layers, *adapted(model, TiedEmbedding)]
     config = {
         "peft_type": "LORA",
         "task_type": None if scores else "CAUSAL_LM",
@@ -257,11 +293,11 @@ def save_adapter(args, model: nn.Module, state: dict[str, Tensor]) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
-        "target_modules": sorted(layers if args.lora_targets else {n.rpartition(".")[2] for n in layers}),
+        "target_modules": sorted(named if args.lora_targets else {n.rpartition(".")[2] for n in named}),
         "modules_to_save": ["score_head"] if scores else None,
         "inference_mode": True,
     }
-    tensors = {theirs: state[ours].contiguous() for ours, theirs in peft_names(model).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in peft_tensors(model, state).items()}
     with writing(os.path.join(args.output_dir, "adapter")) as folder:
         os.makedirs(folder)
         save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
@@ -290,8 +326,8 @@ def load_adapter(model: nn.Module, folder: str, args) -> None:
     path = os.path.join(folder, "adapter_model.safetensors")
     with reading(path):
         tensors = load_file(path)
-    own, names = dict(model.named_parameters()), peft_names(model)
-    fitting = {theirs: own[ours].shape for ours, theirs in names.items()}
+    own = dict(model.named_parameters())
+    fitting = {name: tensor.shape for name, tensor in peft_tensors(model, own).items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if wrong := sorted(name for name, _ in fitting.items() ^ found.items()):
         told = f"{wrong[0]} is missing, superfluous or of another shape"
@@ -302,8 +338,11 @@ def load_adapter(model: nn.Module, folder: str, args) -> None:
         )
     if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
         raise InputError(f"{path}: its weight {bad} holds NaN or infinity")
-    for ours, theirs in names.items():
+    for ours, theirs in peft_names(model).items():
         own[ours].copy_(tensors[theirs])
+    for name, tensor in peft_tensors(model, own).items():
+        if not tensor.cpu().equal(tensors[name].float()):
+            raise InputError(f"{path}: {name} is not the output layer's, whose weight the embeddings share")
     for layer in adapted(model).values():
         layer.A0, layer.B0 = (nn.Parameter(x.clone(), requires_grad=False) for x in (layer.A, layer.B))
 
@@ -319,9 +358,6 @@ def saver(args, save):
     def save_both(model: nn.Module, state: dict[str, Tensor], folder: str) -> None:
         save_adapter(args, model, state)
         model.config.dtype = torch.float32
-        if getattr(args, "lora_output", False):  # its weight is no longer the embeddings'
-            for config in (model.config, model.config.get_text_config()):
-                config.tie_word_embeddings = False
         save(model, merged(model, state), folder)
 
     return save_both if args.lora_rank else save

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Started, finish, timeless
 from safetensors.torch import load_file, save_file
-from test_families import build
+from test_families import FAMILIES, build
 from test_processes import RUNS, agree, folder, launch, launch_ranks, results, stage  # noqa: F401
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
@@ -88,13 +88,17 @@ def test_eight_bits_by_hand(kind):
     assert torch.equal(zero(x), zero.bias.expand(5, 2))  # a row of zeros has no step
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("family", ["GPT2", "Llama", "Qwen2"])
-def test_a_policy_starts_at_its_reference_and_leaves_it_alone(family, quantize):
+# the output layer, whose weight the embeddings share in half of the families (Jamba: below)
+CASES = [(family, {"lora_output": True}) for family in FAMILIES if family != "Jamba"]
+CASES += [(family, {"quantize": how}) for family in ("GPT2", "Llama", "Qwen2") for how in (None, "int8")]
+
+
+@pytest.mark.parametrize("family, changes", CASES, ids=lambda case: str(case))
+def test_a_policy_starts_at_its_reference_and_leaves_it_alone(family, changes):
     plain = log_probs(build(family)).detach()
-    policy = adapt(build(family), chosen_flags(quantize=quantize))
+    policy = adapt(build(family), chosen_flags(**changes))
     reference = WithoutAdapters(policy)
-    if quantize:
+    if changes.get("quantize"):
         exact, plain = plain, log_probs(reference).detach()
         assert 0 < (plain - exact).abs().max() < 0.05
     assert torch.equal(log_probs(policy), plain) and torch.equal(log_probs(reference), plain)
@@ -277,6 +281,7 @@ def test_base_and_adapter_are_the_merged_model_and_go_on_from_there(folder, tune
     args = chosen_flags(lora_rank=4, lora_alpha=8.0, lora_output=bool(where))
     base = load_causal_lm(str(folder / "start" / family / "policy"))
     start, whole = logits(base), AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    before, after = (model.get_input_embeddings().weight for model in (base, whole))
     policy = adapt(base, args, str(run / "adapter"))
     reference = WithoutAdapters(policy)
     torch.testing.assert_close(logits(policy), logits(whole), atol=1e-5, rtol=1e-5)
@@ -285,8 +290,8 @@ def test_base_and_adapter_are_the_merged_model_and_go_on_from_there(folder, tune
     moved(policy)
     torch.testing.assert_close(logits(reference), logits(whole), atol=1e-5, rtol=1e-5)
     assert (logits(policy) - logits(whole)).abs().max() > 1e-2
-    embeddings = (model.get_input_embeddings().weight for model in (base, whole))
-    assert torch.equal(*embeddings)  # also where the output layer had the same weight
+    assert torch.equal(before, after) != bool(where)  # here the output layer has the same weight
+    assert (whole.get_output_embeddings().weight is after) == (family == "gpt2")
     flags = ("--adapter", str(run / "adapter"), "--output-dir", f"{run}_again", *where)
     assert run_in(folder, "sft.py", *sft(family, *flags))[0] == 0
     first, second = (read_jsonl(f"{path}/metrics.jsonl") for path in (run, f"{run}_again"))
@@ -314,7 +319,8 @@ def test_peft_finds_the_chosen_layers_and_the_output_layer_by_name(folder, run_i
     flags = ("--lora-targets", "c_attn", "--lora-output", "--output-dir", str(tmp_path))
     assert run_in(folder, "sft.py", *sft("gpt2", *flags))[0] == 0
     targets = read_json(tmp_path / "adapter/adapter_config.json")["target_modules"]
-    assert targets == ["lm_head", "transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    blocks = ("transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn")
+    assert targets == ["lm_head", *blocks, "transformer.wte"]
     stored = {name.split(".lora_")[0] for name in load_file(tmp_path / "adapter" / WEIGHTS)}
     assert stored == {f"base_model.model.{target}" for target in targets}
 
@@ -337,12 +343,16 @@ def test_the_files_mean_in_peft_s_way_what_model_is(folder, tuned):
     family, run, _ = tuned
     config, tensors = read_json(run / "adapter/adapter_config.json"), load_file(run / "adapter" / WEIGHTS)
     model = load_causal_lm(str(folder / "start" / family / "policy"))
-    output = model.get_output_embeddings()  # the term is its own, whatever else has its weight
+    output = model.get_output_embeddings()  # PEFT gives it and the embeddings a term each, beside one weight
     output.weight = nn.Parameter(output.weight.detach().clone())
+    scale = config["lora_alpha"] / config["r"]
     for name in tensors:
+        if name.endswith(".lora_embedding_A"):
+            term = tensors[name.replace("_A", "_B")] @ tensors[name] * scale
+            model.get_input_embeddings().weight.data += term.T
         if name.endswith(".lora_A.weight"):
             layer = name.removesuffix(".lora_A.weight")
-            term = tensors[f"{layer}.lora_B.weight"] @ tensors[name] * config["lora_alpha"] / config["r"]
+            term = tensors[f"{layer}.lora_B.weight"] @ tensors[name] * scale
             module = model.get_submodule(layer.removeprefix("base_model.model."))
             # PEFT, too, sees by a layer's class that it is not transposed
             transposed = config["fan_in_fan_out"] and not isinstance(module, nn.Linear)
@@ -363,6 +373,10 @@ def test_peft_reads_ours_and_we_read_peft_s(folder, tuned, tmp_path):
     theirs = moved(peft.get_peft_model(load_causal_lm(start), config))
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)  # by default a copy beside the term
     args = chosen_flags(lora_rank=3, lora_alpha=5.0, lora_output=bool(where))
+    if where:  # PEFT has trained two terms
+        with pytest.raises(InputError, match="is not the output layer's, whose weight the embeddings share"):
+            adapt(load_causal_lm(start), args, str(tmp_path))
+        return
     ours = adapt(load_causal_lm(start), args, str(tmp_path))
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
 

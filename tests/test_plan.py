@@ -135,14 +135,6 @@ def test_frozen_weights_in_8_bits_are_a_byte_a_number_and_four_a_row(tmp_path):
     assert shape.total == shape.trained + 5 * 4096 + 2 * 32001 * 4096  # norms, embeddings, output layer
 
 
-def test_a_merged_output_layer_no_longer_shares_the_embeddings_weight(tmp_path):
-    folder = save(tmp_path, GPT2Config(**GPT2, architectures=["GPT2LMHeadModel"]))
-    hosts = []
-    for more in ({}, {"lora_output": True}):
-        hosts.append(plan.phases(arguments(folder, lora_rank=4, **more), 1)[1])
-    assert hosts[1] - hosts[0] == 4 * (4 * (32 + 100) + 32 * 100)  # A, B, and the second weight
-
-
 def test_the_advice_makes_it_fit_and_needs_no_weights(tmp_path, capsys):
     seven = LlamaConfig(vocab_size=32001, architectures=["LlamaForCausalLM"])  # 7B, config.json only
     model = save(tmp_path / "m", seven)

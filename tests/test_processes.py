@@ -56,7 +56,7 @@ def folder(tmp_path_factory) -> Path:
     write_data(f"{folder}/data", 9)
     configs = {
         "gpt2": toy_world.build_config(),
-        "llama": LlamaConfig(vocab_size=words, **MODEL),
+        "llama": LlamaConfig(vocab_size=words, tie_word_embeddings=True, **MODEL),
         "qwen2": Qwen2Config(vocab_size=words, **MODEL),
     }
     for family, config in configs.items():

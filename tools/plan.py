@@ -63,9 +63,7 @@ class Shape:
         self.total, self.trained = count_of([model]), count_of([model], trained=True)
         quantized = [module for module in model.modules() if isinstance(module, Int8)]
         self.quantized = sum(layer.q.nbytes + layer.s.nbytes for layer in quantized)
-        untied = self.lora.lora_rank and self.lora.lora_output and model.all_tied_weights_keys
-        self.merged = self.total + (self.words * self.hidden if untied else 0)
-        self.merged += sum(layer.q.numel() for layer in quantized)
+        self.merged = self.total + sum(layer.q.numel() for layer in quantized)
         self.block = count_of(layers) // self.layers  # their mean
         self.trained_block = count_of(layers, trained=True) // self.layers
         self.root = self.total - self.layers * self.block
