@@ -21,8 +21,8 @@ from runs import count
 RATES = {"reward": "3e-3", "cost": "6e-3"}
 RUNS = {  # name: flags of RePO
     "blocks": ("--lr", "4e-3"),
-    "output": ("--lr", "1.2e-2", "--lora-output"),
-    "int8": ("--lr", "1.2e-2", "--lora-output", "--quantize", "int8"),
+    "output": ("--lr", "8e-3", "--lora-output"),
+    "int8": ("--lr", "8e-3", "--lora-output", "--quantize", "int8"),
 }
 COLUMNS = ("true_unsafe_rate", "true_any_unsafe_rate", "benign_reward", "of_full", "best_safe_share")
 
