@@ -206,7 +206,7 @@ def adapt(model: nn.Module, args, start: str | None = None) -> nn.Module:
             raise InputError(f"--lora-rank {args.lora_rank} is above the width of {name}, {width}: {advice}")
         parent, _, own = name.rpartition(".")
         adapter = Adapter(layer, args.lora_rank, args.lora_alpha, generator, name)
-        if args.quantize and name in within:
+        if getattr(args, "quantize", None) and name in within:
             adapter.base_layer = Int8(layer)
         setattr(model.get_submodule(parent), own, adapter)
         if name not in within and (embedding := model.get_input_embeddings()).weight is layer.weight:

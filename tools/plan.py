@@ -223,8 +223,9 @@ def models_of(args) -> tuple[dict[str, tuple[Shape, bool]], str]:
 
 
 def lora_of(args) -> tuple:
-    targets = tuple(args.lora_targets or ()) or None
-    return args.lora_rank, args.lora_alpha, targets, args.quantize, getattr(args, "lora_output", False)
+    """The values of ADAPTERS, hashable."""
+    values = (getattr(args, name, None) for name in ADAPTERS)
+    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
 
 
 def phases(args, world: int) -> tuple[list[tuple[str, dict[str, float]]], float]:
