@@ -118,7 +118,7 @@ def main(args):
 
 
 def report(name: str, returns: list[float], costs: list[float]) -> None:
-    numbers = (f"{statistics.mean(x):.1f} +- {statistics.stdev(x):.1f}" for x in (returns, costs))
+    numbers = (f"{statistics.mean(x):.1f} ± {statistics.stdev(x):.1f}" for x in (returns, costs))
     print("{}: {} episodes, return {}, cost {}".format(name, len(returns), *numbers))
 
 

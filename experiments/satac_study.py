@@ -104,7 +104,7 @@ def good(row: dict) -> bool:
 
 def spread(values: list[float]) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):5.2f} +- {deviation:4.2f}"
+    return f"{statistics.mean(values):5.2f} ± {deviation:4.2f}"
 
 
 def table(found: dict) -> str:

@@ -354,7 +354,7 @@ def test_the_study_judges_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(satac_study.study, "run_jobs", lambda *_: None)
     satac_study.main(args)
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert "| mild | SATAC |  2.05 +- 0.07 |  0.50 +- 0.00 | 2 of 2 |" in lines
+    assert "| mild | SATAC |  2.05 ± 0.07 |  0.50 ± 0.00 | 2 of 2 |" in lines
     for name in ("satac_beta", "satac_methods"):
         assert (tmp_path / f"figures/{name}.png").stat().st_size > 10_000
 
