@@ -56,7 +56,7 @@ class Int8(nn.Module):
         super().__init__()
         self.bias, self.transposed = layer.bias, isinstance(layer, Conv1D)
         rows = (layer.weight.T if self.transposed else layer.weight).detach().float()
-        s = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        s = (rows.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # a row may be all zeros
         # not persistent: a checkpoint holds what is trained, and these are made of --model again
         self.register_buffer("q", (rows / s[:, None]).round().to(torch.int8), persistent=False)
         self.register_buffer("s", s, persistent=False)
@@ -178,13 +178,17 @@ def linear_layers(model: nn.Module, wanted: list[str] | None) -> dict[str, nn.Mo
 
 def output_layer(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> output layer of a language model; of a score model: {}. Raises InputError for one that is no
-    linear layer, or beside whose weight and the embeddings' others are tied."""
+    linear layer, or for other ties than that of its weight with the embeddings'."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None and type(output) is not nn.Linear:
         raise InputError(f"--lora-output: the output layer is a {type(output).__name__}, not a linear one")
     found = {name: module for name, module in model.named_modules() if module is output}
-    if found and (other := set(model.all_tied_weights_keys) - {f"{name}.weight" for name in found}):
-        raise InputError(f"--lora-output: {min(other)} is tied as well, and no adapter is known for it")
+    tied = set(model.all_tied_weights_keys) if found else set()
+    other = tied - {f"{name}.weight" for name in found}
+    if other or (tied and model.get_input_embeddings().weight is not output.weight):
+        raise InputError(
+            f"--lora-output: {min(other or tied)} is tied as well, and no adapter is known for it"
+        )
     return found
 
 
