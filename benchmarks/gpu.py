@@ -307,13 +307,8 @@ if __name__ == "__main__":
     parser = runs.parser(__doc__)
     flag = parser.add_argument
     flag("--shapes", nargs="+", choices=SHAPES, default=["1b", "3b", "7b"], help="the smallest first")
-    flag(
-        "--modes",
-        nargs="+",
-        choices=MODES,
-        default=["plain", "fsdp", "lora", "int8"],
-        help="ways to hold them",
-    )
+    modes = ["plain", "fsdp", "lora", "int8"]
+    flag("--modes", nargs="+", choices=MODES, default=modes, help="ways to hold them")
     flag("--steps", type=runs.count, default=3, help="steps of every run")
     flag("--batch-size", type=runs.count, default=32, help="samples of a rollout")
     flag("--micro-batch-size", type=runs.count, default=8, help="samples of a pass")

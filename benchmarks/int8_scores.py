@@ -33,7 +33,6 @@ def scores(folder: str, kind: str, pairs: str, way: str) -> torch.Tensor:
     ids, mask = data.pad(texts, tokenizer.pad_token_id, side="right")
     model = load_score_model(folder, kind, dtype=torch.bfloat16 if way == "bf16" else torch.float32)
     model = adapt(model, INT8) if way == "int8" else model
-    model.score_type = kind  # adapters do not move it: this is the score model and no critic
     pieces = zip(ids.split(256), mask.split(256))
     return torch.cat([end_scores(model(piece, part), part) for piece, part in pieces])
 
