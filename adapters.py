@@ -30,7 +30,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from distributed import blocks
-from files import InputError, misfit, read_json, reading, write_json, writing
+from files import InputError, read_json, reading, schema_error, write_json, writing
 
 
 class RowScaled(torch.autograd.Function):
@@ -96,8 +96,10 @@ class Adapter(nn.Module):
 
     def __getattr__(self, name: str):
         if name in ("weight", "bias"):  # some state-space layers compute with them, and do not call the layer
-            told = f"the model reads the {name} of {self.name} itself, past the adapter"
-            raise InputError(f"--lora-rank: {told}. Name other layers by --lora-targets, or no --lora-output")
+            problem = f"the model reads the {name} of {self.name} itself, past the adapter"
+            raise InputError(
+                f"--lora-rank: {problem}. Name other layers by --lora-targets, or no --lora-output"
+            )
         return super().__getattr__(name)
 
 
@@ -219,7 +221,7 @@ def adapt(model: nn.Module, args, start: str | None = None) -> nn.Module:
         model.score_head = Head(model.score_head)
     if start:
         load_adapter(model, start, args)
-    if hasattr(model, "read"):  # without memory yet: `fill` of distributed.py reads another one
+    if hasattr(model, "read"):  # without memory yet: `load_shards` of distributed.py reads another one
         read = model.read
         model.read = lambda: adapt(read(), args, start)
     return model
@@ -316,7 +318,7 @@ def load_adapter(model: nn.Module, folder: str, args) -> None:
 
     path = os.path.join(folder, "adapter_config.json")
     config = read_json(path)
-    if wrong := misfit(config, {"peft_type": str, "r": int}):
+    if wrong := schema_error(config, {"peft_type": str, "r": int}):
         raise InputError(f"{path}: {wrong}")
     rank, alpha = config["r"], config.get("lora_alpha")
     other = [name for name in ("use_rslora", "alpha_pattern") if config.get(name)]  # another scale
@@ -334,8 +336,8 @@ def load_adapter(model: nn.Module, folder: str, args) -> None:
     fitting = {name: tensor.shape for name, tensor in peft_tensors(model, own).items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if wrong := sorted(name for name, _ in fitting.items() ^ found.items()):
-        told = f"{wrong[0]} is missing, superfluous or of another shape"
-        raise InputError(f"{path}: an adapter for another model, or of other layers ({told})")
+        problem = f"{wrong[0]} is missing, superfluous or of another shape"
+        raise InputError(f"{path}: an adapter for another model, or of other layers ({problem})")
     if other := {tensor.dtype for tensor in tensors.values()} - {*WEIGHTS}:
         raise InputError(
             f"{path}: its weights are {other.pop()}, and {', '.join(map(str, WEIGHTS))} are read"

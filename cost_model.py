@@ -28,9 +28,9 @@ import models
 import runs
 from adapters import adapt, saver
 from data import batch_indices, pad
-from distributed import clip_gradients, deal, device, gather_rows, loading, rank, shard, world_size
+from distributed import clip_gradients, device, gather_rows, load_options, rank, rank_rows, shard, world_size
 from models import ScoreModel, end_scores
-from runs import Demo, check_finite, count, fraction, nonnegative, passes, positive
+from runs import Demo, check_finite, count, epochs, fraction, nonnegative, positive
 
 PAIRS = "runs/demo/data/preferences_train.jsonl"
 HELD_OUT = "runs/demo/data/preferences_test_cost.jsonl"
@@ -52,7 +52,7 @@ def parse_args(argv=None):
     # a small reward and a large cost keep RePO from stalling on the toy (docs/stalling.md); published: 1e-3
     flag("--regularization", type=nonnegative, default=0.001, help="weight of the mean squared score")
     flag("--steps", type=count, default=600, help="optimizer steps")
-    flag("--epochs", type=passes, default=0, help="passes over --dataset, in place of --steps (0: none)")
+    flag("--epochs", type=epochs, default=0, help="passes over --dataset, in place of --steps (0: none)")
     flag("--batch-size", type=count, default=64, help="pairs per step, over all ranks")
     flag("--micro-batch-size", type=count, default=32, help="pairs per forward pass and rank")
     flag("--lr", type=nonnegative, default=1.5e-3, help="peak learning rate, cosine to zero")
@@ -148,7 +148,7 @@ def batch_loss(
 def evaluate(model: ScoreModel, pairs: list[tuple], tokenizer, args) -> dict:
     """Accuracies and score statistics over held-out pairs, of which every rank scores its share."""
     surplus = -len(pairs) % world_size()  # equally many on every rank; cut off below
-    mine = deal(pairs + pairs[-1:] * surplus)
+    mine = rank_rows(pairs + pairs[-1:] * surplus)
     pieces = [mine[i : i + args.micro_batch_size] for i in range(0, len(mine), args.micro_batch_size)]
     pieces = (data.encode_pairs(tokenizer, piece, args) for piece in pieces)
     results = [batch_loss(model, piece, tokenizer.pad_token_id, args) for piece in pieces]
@@ -167,20 +167,20 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # ------------------------------------------------------------------ data
-    runs.need(args.model, "python sft.py")
-    runs.need(args.dataset, "python toy_world.py preferences")
+    runs.require(args.model, "python sft.py")
+    runs.require(args.dataset, "python toy_world.py preferences")
     tokenizer = models.load_tokenizer(args.model)
 
     def load_pairs(dataset: str) -> list[tuple]:
         pairs = data.load_preferences(dataset, "safer_response_id", args.skip_bad_rows)
-        return data.fitting(dataset, pairs, tokenizer, args.max_length - 1, args)
+        return data.keep_fitting(dataset, pairs, tokenizer, args.max_length - 1, args)
 
     pairs = load_pairs(args.dataset)
     eval_pairs = load_pairs(args.eval_dataset) if args.eval_dataset else []
     runs.set_steps(args, len(pairs))
 
     # ------------------------------------------------------------------ model
-    model = models.load_score_model(args.model, "cost", new_head=True, **loading(args))
+    model = models.load_score_model(args.model, "cost", new_head=True, **load_options(args))
     models.check_context(model.config, args.max_length, args.model)
     model = shard(adapt(model, args, args.adapter), args)
     optimizer = runs.adamw(model, args.lr, args.weight_decay)
@@ -190,7 +190,7 @@ def main(args):
 
     for step in range(first_step, args.steps):
         # -------------------------------------------------------------- 1 batch
-        batch = deal([pairs[i] for i in batch_indices(len(pairs), args.batch_size, step, args.seed)])
+        batch = rank_rows([pairs[i] for i in batch_indices(len(pairs), args.batch_size, step, args.seed)])
         batch = data.by_length(data.encode_pairs(tokenizer, batch, args))
 
         # -------------------------------------------------------------- 2 gradient

@@ -31,7 +31,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from files import InputError, misfit, read_json, reading, reason
+from files import InputError, read_json, reading, reason, schema_error
 
 PREFERENCE_FIELDS = {
     "prompt": str,
@@ -48,7 +48,7 @@ class DataError(InputError):
     """Bad data: the message says which file, which row and what to do."""
 
 
-def tell(line: str) -> None:
+def report(line: str) -> None:
     """What the user should know about the data: on stderr, once, however many processes read them."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
@@ -70,8 +70,8 @@ def read_rows(dataset: str) -> Iterator[tuple[str, object]]:
             raise DataError(f"{dataset}: the folder holds no .jsonl, .json or .parquet file")
         starts = {SPLIT.match(os.path.basename(file).lower()) for file in files} - {None}
         if len(splits := sorted({start.group() for start in starts})) > 1:
-            told = f"files of {' and '.join(splits)} would be read as one"
-            raise DataError(f"{dataset}: {told}. Name a file, or a folder with one of them")
+            problem = f"files of {' and '.join(splits)} would be read as one"
+            raise DataError(f"{dataset}: {problem}. Name a file, or a folder with one of them")
     for file in files:
         kind = os.path.splitext(file)[1]
         if kind in (".jsonl", ".json", ".parquet") and not os.path.exists(file):
@@ -127,15 +127,15 @@ def read_hub(name: str) -> Iterator[dict]:
     try:
         rows = datasets.load_dataset(path, revision=revision or None, split=split or "train")
     except Exception as error:  # the hub client has a dozen unrelated types for "not there"
-        told = f"{type(error).__name__}: {reason(error)}"
-        raise DataError(f"{name}: no such file or folder, nor to be had from the hub ({told})") from None
+        problem = f"{type(error).__name__}: {reason(error)}"
+        raise DataError(f"{name}: no such file or folder, nor to be had from the hub ({problem})") from None
     for piece in rows.iter(1000):
         yield from (dict(zip(piece, row)) for row in zip(*piece.values()))
 
 
 def check_preference(row) -> str | None:
     """Why a row is no preference pair, or None."""
-    if wrong := misfit(row, PREFERENCE_FIELDS):
+    if wrong := schema_error(row, PREFERENCE_FIELDS):
         return wrong
     for field in ("better_response_id", "safer_response_id"):
         if row[field] not in (0, 1):
@@ -160,7 +160,7 @@ def checked(dataset: str, check, skip_bad_rows: bool) -> Iterator[dict]:
         else:
             raise DataError(f"{place}: {wrong}. Repair the row, or skip such rows with --skip-bad-rows")
     if skipped:
-        tell(f"skipped {skipped} of {skipped + good} rows of {dataset}; the first: {first}")
+        report(f"skipped {skipped} of {skipped + good} rows of {dataset}; the first: {first}")
     if not good:
         raise DataError(f"{dataset}: no usable row")
 
@@ -178,7 +178,7 @@ def load_preferences(dataset: str, winner: str, skip_bad_rows: bool = False) -> 
 
 def load_prompts(dataset: str, skip_bad_rows: bool = False) -> list[str]:
     """The prompts of any dataset that has a `prompt` field."""
-    rows = checked(dataset, lambda row: misfit(row, {"prompt": str}), skip_bad_rows)
+    rows = checked(dataset, lambda row: schema_error(row, {"prompt": str}), skip_bad_rows)
     return [row["prompt"] for row in rows]
 
 
@@ -187,9 +187,9 @@ def load_supervised(dataset: str, skip_bad_rows: bool = False) -> list[tuple[str
 
     def check(row):
         if not (isinstance(row, dict) and "instruction" in row):
-            return misfit(row, {"prompt": str, "response": str})
+            return schema_error(row, {"prompt": str, "response": str})
         given = {"input": str} if row.get("input") is not None else {}
-        return misfit(row, {"instruction": str, "output": str} | given)
+        return schema_error(row, {"instruction": str, "output": str} | given)
 
     return [
         (f"{row['instruction']} {row.get('input') or ''}".strip(), row["output"])
@@ -228,9 +228,9 @@ def end_id(tokenizer, chat_template: bool = False) -> int:
         head, _, tail = chat_text(tokenizer, "question", "THE ANSWER").rpartition("THE ANSWER")
         prompt = prompt_text("question", tokenizer, chat_template)
         if head.rstrip() != prompt.rstrip():  # as where a prompt begins a thought, and no answer has one
-            told = f"puts {head[-60:]!r} before an answer and ends a prompt in {prompt[-60:]!r}"
+            problem = f"puts {head[-60:]!r} before an answer and ends a prompt in {prompt[-60:]!r}"
             advice = "leave out --chat-template, or give the tokenizer a template where they agree"
-            raise DataError(f"the chat template of {tokenizer.name_or_path} {told}: {advice}")
+            raise DataError(f"the chat template of {tokenizer.name_or_path} {problem}: {advice}")
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         for token in tokenizer(tail, add_special_tokens=False).input_ids:
             if token in special:
@@ -280,7 +280,7 @@ def encode_pairs(tokenizer, pairs: list[tuple], args) -> list[tuple]:
     return [(a, b, *pair[3:]) for a, b, pair in zip(ids[0::2], ids[1::2], pairs)]
 
 
-def fitting(dataset: str, rows: list, tokenizer, room: int, args) -> list:
+def keep_fitting(dataset: str, rows: list, tokenizer, room: int, args) -> list:
     """The rows, prompts or tuples that begin with one, whose prompt has at most `room` tokens. A longer one
     raises DataError, or is skipped and counted with --skip-bad-rows. Tells what the rows are like."""
     # a token is at least a byte long: where even the bytes fit, as nearly always, nothing is tokenized
@@ -296,21 +296,21 @@ def fitting(dataset: str, rows: list, tokenizer, room: int, args) -> list:
     limits += f" less --max-new-tokens {args.max_length - room}" * (room < args.max_length - 1)
     if too_long and not args.skip_bad_rows:
         i, length = next(iter(too_long.items()))
-        told = f"{dataset}: a prompt of {length} tokens leaves no room in {limits}: {prompts[i][:60]!r}"
-        raise DataError(f"{told}. Change these flags, or skip such rows with --skip-bad-rows")
+        problem = f"{dataset}: a prompt of {length} tokens leaves no room in {limits}: {prompts[i][:60]!r}"
+        raise DataError(f"{problem}. Change these flags, or skip such rows with --skip-bad-rows")
     if too_long:
-        tell(
+        report(
             f"skipped {len(too_long)} of {len(rows)} rows of {dataset}: no room in {limits} after the prompt"
         )
         rows = [row for i, row in enumerate(rows) if i not in too_long]
     if not rows:
         raise DataError(f"{dataset}: no prompt leaves room in {limits}")
-    tell(description(dataset, rows, tokenizer, room, args.chat_template))
+    report(description(dataset, rows, tokenizer, room, args.chat_template))
     return rows
 
 
 def description(dataset: str, rows: list, tokenizer, room: int, chat_template: bool) -> str:
-    """One line on rows as in `fitting`, from at most 1,000 of them."""
+    """One line on rows as in `keep_fitting`, from at most 1,000 of them."""
     seen = random.Random(0).sample(rows, min(len(rows), 1000))
     texts = [(row, "") for row in seen if isinstance(row, str)]
     texts += [(row[0], text) for row in seen if isinstance(row, tuple) for text in row[1:3]]

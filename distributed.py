@@ -1,6 +1,6 @@
 """Processes and models over them.
 
-    deal, gather_rows     a batch is dealt row by row: rank r of N holds rows r, r + N, r + 2N, ...
+    rank_rows, gather_rows     a batch is dealt row by row: rank r of N holds rows r, r + N, r + 2N, ...
     mean_over_ranks       every rank holds equally many samples, so the mean of means is the mean
     shard, gathered       FSDP2 around a model, and the whole model again while it generates
     clip_gradients        averaged over the ranks, then clipped
@@ -119,7 +119,7 @@ def any_rank(value: bool) -> bool:
 # ------------------------------------------------------------------------------ rows over ranks
 
 
-def deal(rows):
+def rank_rows(rows):
     """This rank's rows of a global batch. Round robin, so that rows [k M / N, (k + 1) M / N) of all
     ranks together are rows [k M, (k + 1) M): minibatches hold the same samples for every N."""
     return rows[rank() :: world_size()]
@@ -161,7 +161,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
 
 
-def loading(args, trained: bool = True) -> dict:
+def load_options(args, trained: bool = True) -> dict:
     """How to load a model for `shard`: in the dtype that it will keep, and with --fsdp without memory yet.
     Under adapters it is frozen, and only they are trained."""
     bf16 = args.dtype == "bf16" and (not trained or args.lora_rank > 0)
@@ -195,7 +195,7 @@ def shard(model: nn.Module, args, trained: bool = True) -> nn.Module:
         # the root too: by default its embeddings would stay whole after a pass, those of all six models
         fully_shard(model, mp_policy=precision, offload_policy=offload, reshard_after_forward=True)
         if hasattr(model, "read"):  # else it has its weights
-            fill(model, torch.device("cpu") if offloaded else device())
+            load_shards(model, torch.device("cpu") if offloaded else device())
         return model
     model.to(device())
     if bf16 and trained:
@@ -205,7 +205,7 @@ def shard(model: nn.Module, args, trained: bool = True) -> nn.Module:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, where: torch.device) -> None:
+def load_shards(model: nn.Module, where: torch.device) -> None:
     """Give a split model its memory, shards at `where`, and its weights: rank 0 reads them, the others get
     their rows tensor by tensor. Buffers, persistent or not, go whole to every rank's device."""
     gc.collect()  # an FSDP model holds itself in cycles: free those out of use before the next one comes
@@ -239,13 +239,13 @@ def gathered(model: nn.Module):
     for unit in units:
         unit.unshard()
     try:
-        yield bare(model, getattr(model, "autocast_to", None), {})
+        yield unwrapped(model, getattr(model, "autocast_to", None), {})
     finally:
         for unit in units:
             unit.reshard()
 
 
-def bare(module: nn.Module, dtype: torch.dtype | None, made: dict) -> nn.Module:
+def unwrapped(module: nn.Module, dtype: torch.dtype | None, made: dict) -> nn.Module:
     """A module of the same tensors (cast to `dtype`, if one is given) without hooks and checkpoint wrappers.
     `made` holds what has been made: a module or tensor that stands in two places stays one."""
 
@@ -260,7 +260,9 @@ def bare(module: nn.Module, dtype: torch.dtype | None, made: dict) -> nn.Module:
         twin.__dict__ = {name: x for name, x in vars(inner).items() if name != "forward"}
         twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
         twin._parameters = {name: cast(p) for name, p in inner._parameters.items()}
-        twin._modules = {name: child and bare(child, dtype, made) for name, child in inner._modules.items()}
+        twin._modules = {
+            name: child and unwrapped(child, dtype, made) for name, child in inner._modules.items()
+        }
     return made[inner]
 
 

@@ -33,14 +33,14 @@ from data import (
     decode_responses,
     encode_prompts,
     end_id,
-    fitting,
+    keep_fitting,
     load_prompts,
     pad,
     retokenize,
     same_tokenizer,
 )
-from distributed import deal, device, gather_objects, gathered, loading, rank, shard, world_size
-from files import check_writable, misfit, read_json, write_json, write_jsonl, writing
+from distributed import device, gather_objects, gathered, load_options, rank, rank_rows, shard, world_size
+from files import check_writable, read_json, schema_error, write_json, write_jsonl, writing
 from models import (
     check_context,
     end_ids,
@@ -213,7 +213,7 @@ def lengths(policies: dict[str, str], args) -> None:
             parents = [os.path.dirname(folder.rstrip("/")) for folder in policies.values()]
             paths = [os.path.join(parent, "args.json") for parent in parents]
             trained = [read_json(path) for path in paths if os.path.exists(path)]
-            known = [own[name] for own in trained if misfit(own, {name: int}) is None]
+            known = [own[name] for own in trained if schema_error(own, {name: int}) is None]
             setattr(args, name, max(known, default=default))
     runs.check_flags(args, world_size())
 
@@ -222,7 +222,7 @@ def answer(name: str, folder: str, prompts: list[str], args) -> dict:
     """A policy's responses to this rank's share of all prompts: rows (policy, prompt, response,
     response_length, truncated), their ids as (prompt_ids, response_ids), the tokenizer, and the total of
     all ranks."""
-    tokenizer, policy = load_tokenizer(folder), load_causal_lm(folder, **loading(args, trained=False))
+    tokenizer, policy = load_tokenizer(folder), load_causal_lm(folder, **load_options(args, trained=False))
     check_context(policy.config, args.max_length, folder)
     policy = shard(policy, args, trained=False)
     ends = [end_id(tokenizer, args.chat_template), *end_ids(folder, tokenizer)]
@@ -232,8 +232,8 @@ def answer(name: str, folder: str, prompts: list[str], args) -> dict:
     asked += asked[-1:] * (-total % world_size())  # equally many on every rank; the surplus is cut off later
     # the same uniforms for every policy, and for every number of processes
     generator = torch.Generator().manual_seed(args.seed)
-    uniforms = deal(torch.rand(len(asked), args.max_new_tokens, generator=generator))
-    asked, rows, all_ids, size = deal(asked), [], [], args.micro_batch_size
+    uniforms = rank_rows(torch.rand(len(asked), args.max_new_tokens, generator=generator))
+    asked, rows, all_ids, size = rank_rows(asked), [], [], args.micro_batch_size
     with gathered(policy) as sampler:
         for start in runs.progress(range(0, len(asked), size), desc=f"{name} answers", disable=rank() > 0):
             batch = asked[start : start + size]
@@ -262,7 +262,7 @@ def add_scores(answers: dict[str, dict], key: str, folder: str, args) -> None:
     """Add row[key], the end score of the reward or cost model in `folder`, to all rows of all policies."""
     tokenizer = load_tokenizer(folder)
     check_context(load_config(folder), args.max_length, folder)
-    model = shard(load_score_model(folder, key, **loading(args, trained=False)), args, trained=False)
+    model = shard(load_score_model(folder, key, **load_options(args, trained=False)), args, trained=False)
     for name, own in answers.items():
         same, size = same_tokenizer(own["tokenizer"], tokenizer, args.chat_template), args.micro_batch_size
         starts = range(0, len(own["rows"]), size)
@@ -285,10 +285,10 @@ def main(args):
     torch.manual_seed(args.seed)
     policies = runs.by_name("--policies", args.policies)
     for name, script in (("sft", "sft"), ("safe_rlhf", "safe_rlhf_ppo"), ("repo", "repo_ppo")):
-        runs.need(policies.get(name), f"python {script}.py")
-    runs.need(args.reward_model, "python reward_model.py")
-    runs.need(args.cost_model, "python cost_model.py")
-    runs.need(args.prompts, "python toy_world.py world")
+        runs.require(policies.get(name), f"python {script}.py")
+    runs.require(args.reward_model, "python reward_model.py")
+    runs.require(args.cost_model, "python cost_model.py")
+    runs.require(args.prompts, "python toy_world.py world")
     if rank() == 0:
         check_writable(args.output_dir)
     prompts = load_prompts(args.prompts, args.skip_bad_rows)
@@ -297,7 +297,7 @@ def main(args):
         runs.check_template(args, model)
     room = args.max_length - args.max_new_tokens
     for folder in policies.values():  # the same prompts for all: those that fit in every tokenizer
-        prompts = fitting(args.prompts, prompts, load_tokenizer(folder), room, args)
+        prompts = keep_fitting(args.prompts, prompts, load_tokenizer(folder), room, args)
 
     # ------------------------------------------------------------------ 1 generate, 2 score
     answers = {name: answer(name, folder, prompts, args) for name, folder in policies.items()}

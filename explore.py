@@ -8,7 +8,7 @@ block in which no `<` is left, and the page shows it as text alone.
 import json
 import os
 
-from files import misfit
+from files import schema_error
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "explore.template.html")
 DASHES = {"-": [], "--": [7, 3], "-.": [7, 3, 2, 3], ":": [2, 3]}
@@ -24,7 +24,7 @@ def rows_of(by_policy: dict[str, list[dict]]) -> dict:
     """The rows as columns. Prompts and responses stand once each; the rows hold their numbers. True scores
     are there if every row has them."""
     prompts, responses, everything = {}, {}, [row for rows in by_policy.values() for row in rows]
-    truth = all(misfit(row, {"true_reward": float, "true_cost": float}) is None for row in everything)
+    truth = all(schema_error(row, {"true_reward": float, "true_cost": float}) is None for row in everything)
     scores = ("reward", "cost", "true_reward", "true_cost") if truth else ("reward", "cost")
     return {
         "policy": [number for number, rows in enumerate(by_policy.values()) for _ in rows],

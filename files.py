@@ -4,7 +4,7 @@
     writing(path)     a temporary name that becomes `path` when the block is through, or leaves no trace
     check_writable    whether anything can be written to a folder, asked before the work
     read_*, write_*   JSON and JSON lines, for every script
-    misfit            why a row's fields are not what is needed
+    schema_error            why a row's fields are not what is needed
 
 The floor under all rooms; it needs no torch. An InputError is the user's input failing, and `run` of runs.py
 prints it as one line. Every other exception is a bug of this repository and keeps its traceback.
@@ -103,7 +103,7 @@ def write_json(path: str, value) -> None:
 
 
 def read_jsonl(path: str, fields: dict | None = None) -> list[dict]:
-    """The rows of a file that a script wrote; `fields` as in `misfit`. Half a last line, which a killed
+    """The rows of a file that a script wrote; `fields` as in `schema_error`. Half a last line, which a killed
     run leaves, does not count. Raises InputError if there is no row, or one that does not fit."""
     rows = []
     with reading(path), open(path, encoding="utf-8-sig") as file:
@@ -117,7 +117,7 @@ def read_jsonl(path: str, fields: dict | None = None) -> list[dict]:
                 if number == len(lines) and not line.endswith("\n"):
                     break
                 raise
-            if wrong := misfit(rows[-1], fields or {}):
+            if wrong := schema_error(rows[-1], fields or {}):
                 raise InputError(f"{path} row {number}: {wrong}")
     if not rows:
         raise InputError(f"{path}: no rows")
@@ -132,7 +132,7 @@ def write_jsonl(path: str, rows: Iterable[dict]) -> None:
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def misfit(row, fields: dict) -> str | None:
+def schema_error(row, fields: dict) -> str | None:
     """Why a row does not have these fields, or None. Kinds: str, bool, int, and float for a finite number."""
     if not isinstance(row, dict):
         return f"expected an object with fields, got {type(row).__name__}"

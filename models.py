@@ -103,8 +103,8 @@ class ScoreModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if input_ids.shape[1] > (limit := context_length(self.config)):  # of a tokenizer of its own
-            told = f"a text has {input_ids.shape[1]} tokens and its context {limit}; lower --max-length"
-            raise ModelError(f"{self.score_type} model: {told}")
+            problem = f"a text has {input_ids.shape[1]} tokens and its context {limit}; lower --max-length"
+            raise ModelError(f"{self.score_type} model: {problem}")
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -144,8 +144,8 @@ def resolve(path: str) -> str:
         if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
             folder = snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"], **options)
     except Exception as error:  # offline, unknown, gated: the hub client has many types for "not to be had"
-        told = f"{type(error).__name__}: {reason(error)}"
-        raise ModelError(f"{path}: neither a local folder nor to be had from the hub ({told})") from None
+        problem = f"{type(error).__name__}: {reason(error)}"
+        raise ModelError(f"{path}: neither a local folder nor to be had from the hub ({problem})") from None
     return folder
 
 

@@ -25,8 +25,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 import runs  # noqa: E402
 from explore import page  # noqa: E402
-from files import InputError, misfit, read_json, read_jsonl, writing  # noqa: E402
-from runs import Demo, count, folder, named  # noqa: E402
+from files import InputError, read_json, read_jsonl, schema_error, writing  # noqa: E402
+from runs import Demo, count, named, path_name  # noqa: E402
 from toy_world import HARM_LEVELS  # noqa: E402
 
 NAMES = {"sft": "SFT (initial)", "safe_rlhf": "Safe RLHF", "repo": "RePO", "ppo": "PPO, reward only"}
@@ -40,11 +40,11 @@ def parse_args(argv=None):
     parser = runs.parser(__doc__)
     flag = parser.add_argument
     evaluation, names = Demo("runs/demo/evaluation"), "NAME=FOLDER of PPO runs, as in the evaluation; or none"
-    flag("--evaluation", type=folder, default=evaluation, help="output folder of evaluate.py")
+    flag("--evaluation", type=path_name, default=evaluation, help="output folder of evaluate.py")
     flag("--runs", nargs="*", type=named, default=RUNS, help=names)
     flag("--smooth", type=count, default=9, help="rollouts in the centred mean of the training curves")
     flag("--html", action="store_true", help="also write explore.html: every answer, in a browser")
-    flag("--output-dir", type=folder, default=Demo("runs/demo/figures"), help="folder for the figures")
+    flag("--output-dir", type=path_name, default=Demo("runs/demo/figures"), help="folder for the figures")
     return runs.parse(parser, argv, own=("evaluation", "runs"))
 
 
@@ -247,30 +247,30 @@ METRICS = {"step": int} | dict.fromkeys(("reward", "cost", "unsafe_rate", "kl", 
 def read_run(path: str) -> tuple[dict, list[dict]]:
     """args.json and metrics.jsonl of a PPO run."""
     args = read_json(os.path.join(path, "args.json"))
-    if wrong := misfit(args, {"batch_size": int, "threshold": float}):
+    if wrong := schema_error(args, {"batch_size": int, "threshold": float}):
         raise InputError(f"{path}/args.json: {wrong}; was this folder written by a PPO script?")
     return args, read_jsonl(os.path.join(path, "metrics.jsonl"), METRICS)
 
 
 def main(args):
-    runs.need(args.evaluation, "python evaluate.py")
+    runs.require(args.evaluation, "python evaluate.py")
     path = os.path.join(args.evaluation, "responses.jsonl")
     everyone, answers = {}, read_jsonl(path, RESPONSE)
     initial, levels = answers[0]["policy"], "harm_level" in answers[0]
     for number, row in enumerate(answers, 1):
         everyone.setdefault(row["policy"], []).append(row)
-        if levels and row["policy"] == initial and (wrong := misfit(row, {"harm_level": int})):
+        if levels and row["policy"] == initial and (wrong := schema_error(row, {"harm_level": int})):
             raise InputError(f"{path} row {number}: {wrong}; give every row of {initial} one, or none")
     folders = runs.by_name("--runs", args.runs)
     for name in ("safe_rlhf", "repo"):
-        runs.need(folders.get(name), f"python {name}_ppo.py")
+        runs.require(folders.get(name), f"python {name}_ppo.py")
     logs = {name: read_run(path) for name, path in folders.items()}
     by_policy = {n: rows for n, rows in everyone.items() if n == initial or n in logs or not logs}
     prompts = {name: {row["prompt"] for row in rows} for name, rows in by_policy.items()}
     for name in prompts:
         if prompts[name] != prompts[initial]:
-            told = f"{name} answered other prompts than {initial}"
-            raise InputError(f"{path}: {told}; evaluate both in one run of evaluate.py")
+            problem = f"{name} answered other prompts than {initial}"
+            raise InputError(f"{path}: {problem}; evaluate both in one run of evaluate.py")
     names = list(dict.fromkeys([*by_policy, *logs, *everyone]))
     free = iter(OTHERS * len(names))
     style = {name: (OWN.get(name) or next(free), DASHES[i % 6], pretty(name)) for i, name in enumerate(names)}

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import runs
 from files import InputError, reading, writing
-from runs import count, folder, whole
+from runs import count, path_name, whole
 
 STEPS, LIMIT = 100, 0.8
 CONTROLLERS = {"safe": (0.6, 0.3), "slow": (0.8, 0.2), "reckless": (1.0, 1.0)}  # radius, speed
@@ -171,7 +171,7 @@ def parse_args(argv=None):
     flag("--mix", choices=MIXES, default="mild", help="whose episodes")
     flag("--episodes", type=count, default=300, help="how many")
     flag("--seed", type=whole, default=0, help="random seed")
-    flag("--output", type=folder, help="file to write [default runs/satac/MIX.safetensors]")
+    flag("--output", type=path_name, help="file to write [default runs/satac/MIX.safetensors]")
     return parser.parse_args(argv)
 
 

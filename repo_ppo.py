@@ -34,7 +34,16 @@ import models
 import runs
 from adapters import WithoutAdapters, adapt, saver
 from data import batch_indices, frame, micro_batches, pad, rejoin, same_tokenizer
-from distributed import clip_gradients, deal, device, gather_rows, gathered, loading, shard, world_size
+from distributed import (
+    clip_gradients,
+    device,
+    gather_rows,
+    gathered,
+    load_options,
+    rank_rows,
+    shard,
+    world_size,
+)
 from models import (
     end_scores,
     generate,
@@ -228,26 +237,29 @@ def six_models(args) -> tuple:
     A policy may find answers that fool its cost model. What fools one may not fool another one as well: with
     --second-cost-model the larger cost counts (worst-case optimization, Coste et al. 2023, 2310.02743)."""
     frozen = {"args": args, "trained": False}
-    policy = shard(adapt(load_causal_lm(args.model, **loading(args)), args, args.adapter), args)
+    policy = shard(adapt(load_causal_lm(args.model, **load_options(args)), args, args.adapter), args)
     if args.lora_rank:
         reference = WithoutAdapters(policy)
     else:
-        reference = shard(load_causal_lm(args.model, **loading(**frozen)), **frozen)
+        reference = shard(load_causal_lm(args.model, **load_options(**frozen)), **frozen)
     score_models, critics = [], []
     for kind, path, own in (
         ("reward", args.reward_model, args.reward_critic),
         ("cost", args.cost_model, args.cost_critic),
     ):
         if args.lora_rank and not own:
-            critic = shard(adapt(load_score_model(path, kind, **loading(args)), args), args)
+            critic = shard(adapt(load_score_model(path, kind, **load_options(args)), args), args)
             score_models.append(WithoutAdapters(critic))
         else:
-            score_models.append(shard(load_score_model(path, kind, **loading(**frozen)), **frozen))
-            critic = load_score_model(own or path, "critic", new_head=bool(own), **loading(args))
+            score_models.append(shard(load_score_model(path, kind, **load_options(**frozen)), **frozen))
+            critic = load_score_model(own or path, "critic", new_head=bool(own), **load_options(args))
             critic = shard(adapt(critic, args), args)
         critics.append(critic)
     if args.second_cost_model:
-        first, second = score_models[1], load_score_model(args.second_cost_model, "cost", **loading(**frozen))
+        first, second = (
+            score_models[1],
+            load_score_model(args.second_cost_model, "cost", **load_options(**frozen)),
+        )
         second = shard(second, **frozen)
         score_models[1] = lambda ids, mask: torch.maximum(first(ids, mask), second(ids, mask))
     return policy, reference, *score_models, *critics
@@ -260,13 +272,13 @@ def six_models(args) -> tuple:
 def sample_rollout(policy, prompts: list[str], tokenizer, ends: list[int], step: int, args) -> dict:
     """This rank's share of a rollout: sequences, attention_mask (B, P + R), mask, log_probs (B, R), and ended
     (B,), whether one of the ids `ends` came; prompts and responses as lists of B texts."""
-    chosen = deal([prompts[i] for i in batch_indices(len(prompts), args.batch_size, step, args.seed)])
+    chosen = rank_rows([prompts[i] for i in batch_indices(len(prompts), args.batch_size, step, args.seed)])
     prompt_ids = data.encode_prompts(tokenizer, chosen, args.chat_template)
     ids, prompt_mask = pad(prompt_ids, tokenizer.pad_token_id, side="left")
     ids, prompt_mask, width = ids.to(device()), prompt_mask.to(device()), ids.shape[1]
     # drawn for the global batch: a sample is the same on whichever rank it falls
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    uniforms = deal(torch.rand(args.batch_size, args.max_new_tokens, generator=generator)).to(device())
+    uniforms = rank_rows(torch.rand(args.batch_size, args.max_new_tokens, generator=generator)).to(device())
     padding = tokenizer.pad_token_id
     with gathered(policy) as sampler:
         sequences, log_probs = generate(
@@ -330,7 +342,7 @@ def ptx_batch(rows: list[tuple], update_index: int, tokenizer, args) -> list[tup
     """The supervised rows that an update also learns from: micro-batches (sequences, attention_mask, P)."""
     if not rows:
         return []
-    indices = deal(batch_indices(len(rows), args.minibatch_size, update_index, args.seed))
+    indices = rank_rows(batch_indices(len(rows), args.minibatch_size, update_index, args.seed))
     encoded = data.encode(tokenizer, [rows[i] for i in indices], args.max_length, args.chat_template)
     encoded, size = data.by_length(encoded), args.micro_batch_size
     pieces = [encoded[i : i + size] for i in range(0, len(encoded), size)]
@@ -405,9 +417,9 @@ def main(args):
     torch.manual_seed(args.seed)
     if args.lambda_init > args.lambda_max:
         raise RunError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
-    runs.need(args.model, "python sft.py")
-    runs.need(args.reward_model, "python reward_model.py")
-    runs.need(args.cost_model, "python cost_model.py")
+    runs.require(args.model, "python sft.py")
+    runs.require(args.reward_model, "python reward_model.py")
+    runs.require(args.cost_model, "python cost_model.py")
     second, critics = args.second_cost_model, (args.reward_critic, args.cost_critic)
     for path in filter(None, (args.model, args.reward_model, args.cost_model, second, *critics)):
         models.check_context(models.load_config(path), args.max_length, path)
@@ -431,11 +443,11 @@ def main(args):
         )
     others = {n: t for n, t in scorers.items() if not same_tokenizer(t, tokenizer, args.chat_template)}
     prompts = data.load_prompts(args.dataset, args.skip_bad_rows)
-    prompts = data.fitting(args.dataset, prompts, tokenizer, args.max_length - args.max_new_tokens, args)
+    prompts = data.keep_fitting(args.dataset, prompts, tokenizer, args.max_length - args.max_new_tokens, args)
     ptx_rows = []
     if args.ptx_dataset and args.ptx_coeff:
         ptx_rows = data.load_supervised(args.ptx_dataset, args.skip_bad_rows)
-        ptx_rows = data.fitting(args.ptx_dataset, ptx_rows, tokenizer, args.max_length - 1, args)
+        ptx_rows = data.keep_fitting(args.ptx_dataset, ptx_rows, tokenizer, args.max_length - 1, args)
 
     # ------------------------------------------------------------------ six models
     policy, reference, reward_model, cost_model, reward_critic, cost_critic = six_models(args)

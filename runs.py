@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 from files import (
     InputError,
-    misfit,
     read_json,
     read_jsonl,
     reading,
     reason,
     remove,
+    schema_error,
     write_json,
     write_jsonl,
     writing,
@@ -71,11 +71,11 @@ finite = number(float, "a number", lambda x: True)
 positive = number(float, "a number above 0", lambda x: x > 0)
 nonnegative = number(float, "a number from 0", lambda x: x >= 0)
 fraction = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-passes = number(float, "a number from 0, below 1000", lambda x: 0 <= x < 1000)
+epochs = number(float, "a number from 0, below 1000", lambda x: 0 <= x < 1000)
 share = number(float, "a number above 0, at most 1", lambda x: 0 < x <= 1)
 
 
-def folder(text: str) -> str:
+def path_name(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError("must name a folder, got an empty name")
     return text  # itself, not a copy: a Demo stays one
@@ -149,7 +149,9 @@ def add_run_flags(parser, output_dir: str, training: bool = True, models: bool =
     """The flags that say where and on what a script runs; the same in all of them. `models`: it runs models
     of `shard`, which may be large; small networks need none of the flags for that."""
     flag = parser.add_argument_group("run").add_argument
-    flag("--output-dir", type=folder, default=Demo(output_dir), help="for everything that the script writes")
+    flag(
+        "--output-dir", type=path_name, default=Demo(output_dir), help="for everything that the script writes"
+    )
     flag("--seed", type=whole, default=0, help="seed of initialization, data order and sampling")
     if models:
         flag(
@@ -177,7 +179,7 @@ def add_run_flags(parser, output_dir: str, training: bool = True, models: bool =
         flag(
             "--lora-targets", nargs="+", metavar="NAME", help="layers, as q_proj v_proj (else all in blocks)"
         )
-        flag("--adapter", type=folder, help="a saved adapter of --model to go on from")
+        flag("--adapter", type=path_name, help="a saved adapter of --model to go on from")
         flag("--quantize", choices=("int8",), help="hold the frozen weights below adapters in 8 bits")
 
 
@@ -198,11 +200,11 @@ def check_flags(args, ranks: int) -> None:
     if adapter and not args.lora_rank:
         raise RunError("--adapter goes on with a saved adapter: give its rank by --lora-rank")
     if adapter and os.path.realpath(args.model) == os.path.realpath(f"{adapter}/../model"):
-        told = f"--model {args.model} has --adapter {adapter} merged into it"
-        raise RunError(f"{told}: give the model that the adapter was trained on")
+        problem = f"--model {args.model} has --adapter {adapter} merged into it"
+        raise RunError(f"{problem}: give the model that the adapter was trained on")
     if getattr(args, "quantize", None) and (args.fsdp or not args.lora_rank):
-        told = "every rank holds all of them: without --fsdp" if args.fsdp else "it needs --lora-rank"
-        raise RunError(f"--quantize {args.quantize} is for the frozen weights below adapters; {told}")
+        problem = "every rank holds all of them: without --fsdp" if args.fsdp else "it needs --lora-rank"
+        raise RunError(f"--quantize {args.quantize} is for the frozen weights below adapters; {problem}")
     if getattr(args, "from_config", False) and args.lora_rank:
         raise RunError("--from-config draws weights that nobody has: train all of them, without --lora-rank")
     if getattr(args, "max_new_tokens", None) and args.max_length and args.max_new_tokens >= args.max_length:
@@ -224,13 +226,16 @@ def check_template(args, model: str) -> None:
     without, or the other way round: it would be fed texts of a form that it has never seen."""
     path = os.path.join(os.path.dirname(model.rstrip("/")), "args.json")
     before = read_json(path) if os.path.exists(path) else {}
-    if misfit(before, {"chat_template": bool}) is None and before["chat_template"] != args.chat_template:
+    if (
+        schema_error(before, {"chat_template": bool}) is None
+        and before["chat_template"] != args.chat_template
+    ):
         words = {True: "with", False: "without"}
-        told = f"was trained {words[before['chat_template']]} --chat-template"
-        raise RunError(f"{model} {told}, and this run is {words[args.chat_template]} it")
+        problem = f"was trained {words[before['chat_template']]} --chat-template"
+        raise RunError(f"{model} {problem}, and this run is {words[args.chat_template]} it")
 
 
-def need(path: str | None, command: str) -> None:
+def require(path: str | None, command: str) -> None:
     """Raise RunError if another stage has yet to make `path`."""
     if path and path.startswith("runs/") and not os.path.exists(path):
         raise RunError(f"{path} is missing; `{command}` makes it")
@@ -336,18 +341,18 @@ def claim_folder(args) -> None:
             f"{out} holds a run: --resume it, lose it by --overwrite, or give another --output-dir"
         )
     before, now = read_json(args_file), json.loads(json.dumps(vars(args)))
-    if misfit(before, {"seed": int, "steps": int}):
+    if schema_error(before, {"seed": int, "steps": int}):
         raise RunError(f"{args_file}: holds no flags")
     # what the run did not know yet was off; a number had its default, which nothing here knows
     off = {k: False if v is True else None if isinstance(v, str | list) else v for k, v in now.items()}
     was = off | before
     changed = [k for k in now if k not in MAY_CHANGE and now[k] != was[k]]
     if changed and not args.resume_anyway:
-        told = ", ".join(f"--{k.replace('_', '-')} {was[k]} -> {now[k]}" for k in changed)
-        raise RunError(f"{out} was another run: {told}. Give its flags, or go on by --resume-anyway")
+        problem = ", ".join(f"--{k.replace('_', '-')} {was[k]} -> {now[k]}" for k in changed)
+        raise RunError(f"{out} was another run: {problem}. Give its flags, or go on by --resume-anyway")
     if not complete_checkpoints(out) and os.path.exists(os.path.join(out, "model")):
-        told = "a finished run without a checkpoint (--save-every), from which nothing can go on"
-        raise RunError(f"{out} holds {told}: lose it by --overwrite, or give another --output-dir")
+        problem = "a finished run without a checkpoint (--save-every), from which nothing can go on"
+        raise RunError(f"{out} holds {problem}: lose it by --overwrite, or give another --output-dir")
     done = max(complete_checkpoints(out), default=0)
     if done > args.steps and not getattr(args, "epochs", 0):
         raise RunError(f"{out} has done {done} steps, and --steps {args.steps} asks for fewer")

@@ -344,7 +344,7 @@ def main(args):
     torch.manual_seed(args.seed)
     if args.lambda_init > args.lambda_max:
         raise RunError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
-    runs.need(args.dataset, "python point_mass.py")
+    runs.require(args.dataset, "python point_mass.py")
 
     # ------------------------------------------------------------------ data
     data = load_transitions(args.dataset)

@@ -20,9 +20,9 @@ import models
 import runs
 from adapters import adapt, saver
 from data import batch_indices, frame
-from distributed import clip_gradients, deal, device, loading, shard
+from distributed import clip_gradients, device, load_options, rank_rows, shard
 from models import token_log_probs
-from runs import Demo, check_finite, count, fraction, nonnegative, passes, positive
+from runs import Demo, check_finite, count, epochs, fraction, nonnegative, positive
 
 
 def parse_args(argv=None):
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     flag("--max-length", type=count, default=48, help="longest prompt + response in tokens")
     # optimization
     flag("--steps", type=count, default=1000, help="optimizer steps")
-    flag("--epochs", type=passes, default=0, help="passes over --dataset, in place of --steps (0: none)")
+    flag("--epochs", type=epochs, default=0, help="passes over --dataset, in place of --steps (0: none)")
     flag("--batch-size", type=count, default=64, help="samples per step, over all ranks")
     flag("--micro-batch-size", type=count, default=64, help="samples per forward pass and rank")
     flag("--lr", type=nonnegative, default=5e-3, help="peak learning rate, cosine to zero")
@@ -68,15 +68,15 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # ------------------------------------------------------------------ data
-    runs.need(args.model, "python toy_world.py world")
-    runs.need(args.dataset, "python toy_world.py world")
+    runs.require(args.model, "python toy_world.py world")
+    runs.require(args.dataset, "python toy_world.py world")
     tokenizer = models.load_tokenizer(args.model)
     pairs = data.load_supervised(args.dataset, args.skip_bad_rows)
-    pairs = data.fitting(args.dataset, pairs, tokenizer, args.max_length - 1, args)
+    pairs = data.keep_fitting(args.dataset, pairs, tokenizer, args.max_length - 1, args)
     runs.set_steps(args, len(pairs))
 
     # ------------------------------------------------------------------ model
-    policy = models.load_causal_lm(args.model, args.from_config, **loading(args))
+    policy = models.load_causal_lm(args.model, args.from_config, **load_options(args))
     models.check_context(policy.config, args.max_length, args.model)
     policy = shard(adapt(policy, args, args.adapter), args)
     optimizer = runs.adamw(policy, args.lr, args.weight_decay)
@@ -86,7 +86,7 @@ def main(args):
 
     for step in range(first_step, args.steps):
         # -------------------------------------------------------------- 1 batch
-        batch = deal([pairs[i] for i in batch_indices(len(pairs), args.batch_size, step, args.seed)])
+        batch = rank_rows([pairs[i] for i in batch_indices(len(pairs), args.batch_size, step, args.seed)])
         batch = data.by_length(data.encode(tokenizer, batch, args.max_length, args.chat_template))
 
         # -------------------------------------------------------------- 2 gradient

@@ -36,8 +36,8 @@ from collections import Counter
 from itertools import product
 
 import runs
-from files import InputError, misfit, read_jsonl, write_jsonl
-from runs import count, folder, fraction, whole
+from files import InputError, read_jsonl, schema_error, write_jsonl
+from runs import count, fraction, path_name, whole
 
 # ------------------------------------------------------------------------------ the world
 
@@ -460,7 +460,7 @@ def write_labels(args) -> None:
     pairs = all("response_0" in row for row in rows)
     fields = ("prompt", "response_0", "response_1") if pairs else ("prompt", "response")
     for number, row in enumerate(rows, 1):
-        wrong = misfit(row, dict.fromkeys(fields, str))
+        wrong = schema_error(row, dict.fromkeys(fields, str))
         if wrong or row["prompt"] not in PROMPTS:
             wrong = wrong or f"not a prompt of the toy world: {row['prompt'][:60]!r}"
             raise InputError(f"{args.responses} row {number}: {wrong}")
@@ -483,10 +483,10 @@ def parse_args(argv=None):
         return added.add_argument
 
     flag = command("world", "write tokenizer, model config, prompt mixes, SFT and PTX data")
-    flag("--output-dir", type=folder, default="runs/demo/data", help="folder to write to")
+    flag("--output-dir", type=path_name, default="runs/demo/data", help="folder to write to")
     flag = command("preferences", "write preference pairs with the policy's own samples in them")
     flag("--policy", nargs="+", default=["runs/demo/sft/model"], help="folders of policies to sample from")
-    flag("--output-dir", type=folder, default="runs/demo/data", help="folder to write to")
+    flag("--output-dir", type=path_name, default="runs/demo/data", help="folder to write to")
     flag("--pairs", type=count, default=24000, help="training pairs")
     flag("--samples", type=count, default=16, help="responses sampled per prompt and policy")
     flag(
@@ -503,7 +503,7 @@ def parse_args(argv=None):
     flag(
         "--responses", required=True, help="JSONL: prompt and response, or prompt, response_0 and response_1"
     )
-    flag("--output", type=folder, required=True, help="JSONL to write")
+    flag("--output", type=path_name, required=True, help="JSONL to write")
     return parser.parse_args(argv)
 
 

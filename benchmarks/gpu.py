@@ -222,11 +222,11 @@ def log_probs_agree(models: Path, args) -> dict[str, float]:
     from argparse import Namespace
 
     from data import encode_prompts, load_prompts, pad
-    from distributed import device, loading, shard
+    from distributed import device, shard
     from models import generate, load_causal_lm, load_tokenizer, response_mask, token_log_probs
 
     tokenizer, run = load_tokenizer(f"{models}/policy"), Namespace(dtype=args.dtype, fsdp=False)
-    policy = shard(load_causal_lm(f"{models}/policy", **loading(run, trained=False)), run, trained=False)
+    policy = shard(load_causal_lm(f"{models}/policy", **load_options(run, trained=False)), run, trained=False)
     prompts = load_prompts(str(models.parent / "data/prompts.jsonl"))[: args.batch_size]
     ids, mask = pad(encode_prompts(tokenizer, prompts), 0, side="left")
     ids, mask = ids.to(device()), mask.to(device())

@@ -40,7 +40,7 @@ def scores(folder: str, kind: str, pairs: str, way: str) -> torch.Tensor:
 if __name__ == "__main__":
     parser = runs.parser(__doc__)
     parser.add_argument("--seeds", type=runs.count, default=5, help="seeds 0 to N - 1")
-    parser.add_argument("--study", type=runs.folder, default="runs/study", help="what make study has made")
+    parser.add_argument("--study", type=runs.path_name, default="runs/study", help="what make study has made")
     args = parser.parse_args()
     print("seed  model    bf16, sd  int8, sd  signs changed in bf16  in int8")
     for seed in range(args.seeds):

@@ -21,7 +21,7 @@ from torch import Tensor
 import runs
 from files import InputError, reading, writing
 from point_mass import FIELDS
-from runs import folder, named, number, whole
+from runs import named, number, path_name, whole
 from satac import Actor
 
 # fewer leave a controller without episodes, or a mean without a spread
@@ -84,7 +84,7 @@ def parse_args(argv=None):
     flag("--episodes", type=several, default=100, help="to make, or of each policy to play")
     flag("--runs", nargs="+", type=named, help="NAME=FOLDER of satac.py's runs")
     flag("--seed", type=whole, default=0, help="random seed")
-    flag("--output", type=folder, help="file to write [default runs/ball_circle/MIX.safetensors]")
+    flag("--output", type=path_name, help="file to write [default runs/ball_circle/MIX.safetensors]")
     args = parser.parse_args(argv)
     if (args.command == "play") != bool(args.runs):
         parser.error("play needs --runs, and data takes none")

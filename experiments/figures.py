@@ -13,15 +13,15 @@ import statistics
 import runs
 from files import read_json, reading
 from plots import OWN, centred_mean, histogram, panels, pretty, save
-from runs import count, folder
+from runs import count, path_name
 
 
 def parse_args(argv=None):
     parser = runs.parser(__doc__)
     flag = parser.add_argument
-    flag("--study", type=folder, default="runs/study/study.json", help="what experiments.study wrote")
+    flag("--study", type=path_name, default="runs/study/study.json", help="what experiments.study wrote")
     flag("--smooth", type=count, default=9, help="rollouts in the centred mean of the training curves")
-    flag("--output-dir", type=folder, default="runs/study/figures", help="folder for the figures")
+    flag("--output-dir", type=path_name, default="runs/study/figures", help="folder for the figures")
     return parser.parse_args(argv)
 
 
@@ -134,7 +134,7 @@ def lambdas(study: dict):
 
 
 def main(args):
-    runs.need(args.study, "make study")
+    runs.require(args.study, "make study")
     study = read_json(args.study)
     with reading(args.study):  # any JSON may stand in it
         figures = {"mixes": mixes(study, args.smooth), "pareto": pareto(study), "lambdas": lambdas(study)}

@@ -19,7 +19,7 @@ import runs
 from experiments import study
 from files import read_json, write_json, writing
 from plots import OTHERS, OWN, panels, save
-from runs import count, folder
+from runs import count, path_name
 
 METHODS = {  # name: flags of satac.py
     "satac": (),
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     flag("--seeds", type=count, default=5, help="seeds 0 to N - 1")
     flag("--steps", type=count, help="of every run [default: satac.py's]")
     flag("--jobs", type=count, default=2, help="commands at a time, one core each")
-    flag("--output-dir", type=folder, default="runs/satac", help="folder for everything that is written")
+    flag("--output-dir", type=path_name, default="runs/satac", help="folder for everything that is written")
     return parser.parse_args(argv)
 
 

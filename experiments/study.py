@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 import runs
 from files import read_json, read_jsonl, write_json
-from runs import RunError, count, folder
+from runs import RunError, count, path_name
 from toy_world import MIXES
 
 METHODS = {  # name: script, flags
@@ -58,7 +58,7 @@ def study_parser(doc: str, output_dir: str):
     flag("--steps", type=count, default=90, help="rollouts of every PPO run")
     flag("--samples", type=count, default=8, help="responses per held-out prompt and policy when evaluated")
     flag("--jobs", type=count, default=2, help="commands at a time, one core each")
-    flag("--output-dir", type=folder, default=output_dir, help="folder for everything that is written")
+    flag("--output-dir", type=path_name, default=output_dir, help="folder for everything that is written")
     return parser
 
 
@@ -379,8 +379,8 @@ def check_same_flags(folders: list[str]) -> None:
     )
     for other, flags in zip(folders[1:], others):
         if changed := sorted(k for k in flags.keys() & first.keys() if flags[k] != first[k]):
-            told = f"{other} and {folders[0]} were run with another --{changed[0].replace('_', '-')}"
-            raise RunError(f"{told}; take another --output-dir")
+            problem = f"{other} and {folders[0]} were run with another --{changed[0].replace('_', '-')}"
+            raise RunError(f"{problem}; take another --output-dir")
 
 
 def main(args):

@@ -127,8 +127,8 @@ SKIP = SimpleNamespace(max_length=12, chat_template=False, skip_bad_rows=True)
 def test_encode_cuts_responses_and_long_prompts_are_refused(toy_tokenizer, capsys):
     pairs = [("open a lock", "oil springs . turn keys ."), ("open a lock " * 3, "oil springs .")]
     with pytest.raises(DataError, match="x: a prompt of 14 tokens .* in --max-length 12: 'open a lock open"):
-        data.fitting("x", pairs, toy_tokenizer, 11, ARGS)
-    pairs = data.fitting("x", pairs, toy_tokenizer, 11, SKIP)
+        data.keep_fitting("x", pairs, toy_tokenizer, 11, ARGS)
+    pairs = data.keep_fitting("x", pairs, toy_tokenizer, 11, SKIP)
     assert "skipped 1 of 2 rows of x" in capsys.readouterr().err
     rows = data.encode(toy_tokenizer, pairs, 12)
     # 5 words of template, 3 of prompt, 4 of 7 of response
@@ -136,12 +136,12 @@ def test_encode_cuts_responses_and_long_prompts_are_refused(toy_tokenizer, capsy
     ids, _ = data.encode(toy_tokenizer, pairs, 48)[0]
     assert ids[-1] == toy_tokenizer.eos_token_id
     with pytest.raises(DataError, match="no prompt leaves room in --max-length 12 less --max-new-tokens 5"):
-        data.fitting("x", ["open a lock"], toy_tokenizer, 7, SKIP)
+        data.keep_fitting("x", ["open a lock"], toy_tokenizer, 7, SKIP)
 
 
 def test_a_pair_with_a_long_prompt_is_dropped_as_a_pair(toy_tokenizer, capsys):
     rows = [("open a lock " * 3, "oil", "turn", True, False), ("open a lock", "oil", "turn keys", True, True)]
-    pairs = data.fitting("x", rows, toy_tokenizer, 11, SKIP)
+    pairs = data.keep_fitting("x", rows, toy_tokenizer, 11, SKIP)
     assert pairs == rows[1:]
     winner, loser, *safe = data.encode_pairs(toy_tokenizer, pairs, SKIP)[0]
     assert toy_tokenizer.decode(winner[8:]) == "oil </s>"
@@ -157,30 +157,30 @@ def test_winners_come_first_with_their_labels(tmp_path):
 
 def test_one_line_tells_what_the_rows_are_like(toy_tokenizer, capsys, monkeypatch):
     rows = [("open a lock", "oil springs . turn keys ."), ("open a lock", "oil")] * 1000
-    data.fitting("x", rows, toy_tokenizer, 11, ARGS)
+    data.keep_fitting("x", rows, toy_tokenizer, 11, ARGS)
     line = capsys.readouterr().err
     assert line.startswith("x: 2,000 rows, ") and "longest 14 tokens (of 1,000 looked at)" in line
     assert 45 < float(line.partition("looked at), ")[2].partition("% cut by --max-length")[0]) < 55
-    data.fitting("x", rows[:3], toy_tokenizer, 11, ARGS)
+    data.keep_fitting("x", rows[:3], toy_tokenizer, 11, ARGS)
     line = "x: 3 rows, median 14, longest 14 tokens, 66.7% cut by --max-length, 0.0% unknown"
     assert capsys.readouterr().err.strip() == line
-    data.fitting("x", ["open a zebra", "open a lock"], toy_tokenizer, 11, ARGS)
+    data.keep_fitting("x", ["open a zebra", "open a lock"], toy_tokenizer, 11, ARGS)
     line = "x: 2 rows, median 8, longest 8 tokens, 0.0% cut by --max-length, 6.2% unknown. Warning: "
     assert line in capsys.readouterr().err
     # two responses of which --max-length leaves the same four words, and two of which one ends there
     pairs = [("open a lock", "oil springs . turn keys .", "oil springs . turn oil .", True, True)]
     pairs += [("open a lock", "oil springs . turn", "oil springs .", True, True)]
-    data.fitting("x", pairs, toy_tokenizer, 11, ARGS)
+    data.keep_fitting("x", pairs, toy_tokenizer, 11, ARGS)
     assert ", 0.0% unknown, 50.0% of the pairs alike after the cut" in capsys.readouterr().err
     winner, loser, *_ = data.encode_pairs(toy_tokenizer, pairs, ARGS)[0]
     assert winner == loser
     # with one id for BOS and for unknown words nobody can tell them apart
     other = toy_world.build_tokenizer()
     other.bos_token = other.unk_token
-    data.fitting("x", ["open a zebra"], other, 11, ARGS)
+    data.keep_fitting("x", ["open a zebra"], other, 11, ARGS)
     assert "0.0% unknown" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
-    data.fitting("x", rows[:3], toy_tokenizer, 11, ARGS)
+    data.keep_fitting("x", rows[:3], toy_tokenizer, 11, ARGS)
     assert capsys.readouterr().err == ""
 
 

@@ -193,7 +193,7 @@ def sharded_rank(rank: int, world: list[dict], folders: list[str]) -> None:
     ids, alive = torch.randint(2, 32, (4, 9)), []
     mask = torch.ones_like(ids)
     for folder in folders:
-        policy = distributed.shard(load_causal_lm(folder, **distributed.loading(args)), args)
+        policy = distributed.shard(load_causal_lm(folder, **distributed.load_options(args)), args)
         assert not [ref for ref in alive if ref() is not None]  # one model at a time
         alive.append(weakref.ref(policy))
         before = distributed.full_state_dict(policy)
@@ -201,7 +201,7 @@ def sharded_rank(rank: int, world: list[dict], folders: list[str]) -> None:
         log_probs.mean().backward()
         norm = distributed.clip_gradients(policy, 1e9)
         args.dtype = "bf16"
-        scorer = load_score_model(folder, "reward", True, **distributed.loading(args, trained=False))
+        scorer = load_score_model(folder, "reward", True, **distributed.load_options(args, trained=False))
         scorer = distributed.shard(scorer, args, trained=False)
         with torch.no_grad():
             scores = scorer(ids, mask)

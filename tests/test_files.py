@@ -123,7 +123,7 @@ MISFITS = [
 
 @pytest.mark.parametrize("row, wrong", MISFITS)
 def test_why_a_row_does_not_fit(tmp_path, row, wrong):
-    assert files.misfit(row, {"name": str, "value": float}) == wrong
+    assert files.schema_error(row, {"name": str, "value": float}) == wrong
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     if wrong:

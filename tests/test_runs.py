@@ -102,7 +102,7 @@ def demo_parser() -> argparse.ArgumentParser:
     parser = runs.parser("about")
     for name in ("model", "dataset", "reward-model", "ptx-dataset"):
         parser.add_argument(f"--{name}", default=Demo(f"runs/demo/{name}"))
-    parser.add_argument("--output-dir", type=runs.folder, default=Demo("runs/demo/out"))
+    parser.add_argument("--output-dir", type=runs.path_name, default=Demo("runs/demo/out"))
     parser.add_argument("--runs", nargs="+", type=runs.named, default=[("a", Demo("runs/demo/a"))])
     return parser
 

@@ -118,7 +118,7 @@ def test_the_response_begins_after_the_prompts_own_tokens_unless_a_token_spans_b
         assert ids[:begin] == own[:begin] and ids[-1] == tokenizer.eos_token_id
         assert ("://" in tokenizer.convert_ids_to_tokens(ids[begin:])) == spans
     args = SimpleNamespace(max_length=999, chat_template=False, skip_bad_rows=False)
-    data.fitting("pairs", [(prompt, "//turn"), (prompt, "turn")], tokenizer, 998, args)
+    data.keep_fitting("pairs", [(prompt, "//turn"), (prompt, "turn")], tokenizer, 998, args)
     told = "50.0% with a token across prompt and response" in capsys.readouterr().err
     assert told == (kind != "toy")
 

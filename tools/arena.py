@@ -42,8 +42,8 @@ import torch
 from torch import Tensor
 
 import runs
-from files import misfit, read_jsonl, reading, reason, write_json, write_jsonl
-from runs import RunError, count, folder, positive, whole
+from files import read_jsonl, reading, reason, schema_error, write_json, write_jsonl
+from runs import RunError, count, path_name, positive, whole
 
 ASPECTS = ("helpfulness", "harmlessness")
 PROMPTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "recipes", "judge")
@@ -54,7 +54,7 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag(
         "--evaluation",
-        type=folder,
+        type=path_name,
         default="runs/demo/evaluation",
         help="of evaluate.py; the result goes there",
     )
@@ -294,7 +294,7 @@ def table(result: dict) -> str:
 
 
 def main(args):
-    runs.need(args.evaluation, "python evaluate.py")
+    runs.require(args.evaluation, "python evaluate.py")
     if bool(args.judge_url) != bool(args.judge_model):
         raise RunError("--judge-url and --judge-model belong together")
     fields = {"policy": str, "prompt": str, "response": str, "reward": float, "cost": float}
@@ -308,7 +308,7 @@ def main(args):
     if len({tuple(row["prompt"] for row in rows) for rows in by_policy.values()}) > 1:
         raise RunError(f"{args.evaluation}: the policies did not answer the same prompts")
     truth = {"true_reward": float, "true_cost": float}
-    known = all(misfit(row, truth) is None for row in rows)
+    known = all(schema_error(row, truth) is None for row in rows)
     judge = args.judge or ("endpoint" if args.judge_url else "truth" if known else "models")
     if judge == "truth" and not known:
         raise RunError(f"--judge truth: {args.evaluation}/responses.jsonl holds no true_reward and true_cost")
