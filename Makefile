@@ -52,7 +52,7 @@ rounds: .venv/installed
 	@$(PY) -m experiments.study rounds --seeds $(SEEDS) --output-dir $(STUDY)
 
 satac: .venv/installed
-	@OMP_NUM_THREADS=1 $(PY) -m experiments.satac_study --mixes mild --seeds $(SATAC_SEEDS)
+	@OMP_NUM_THREADS=1 $(PY) -m offline.study --mixes mild --seeds $(SATAC_SEEDS)
 
 bench: .venv/installed
 	@$(PY) benchmarks/versus_trl.py --dtypes fp32 --pairs 1 --output runs/bench/versus_trl.json

@@ -27,33 +27,39 @@ from statistics import fmean as mean
 
 import torch
 
-import runs
 import toy_world
-from data import (
+from lm import end_scores, generate, is_end, pad, response_mask
+from plumbing import cli, runs
+from plumbing.cli import Demo, count, finite, named, nonnegative, share
+from plumbing.data import (
     decode_responses,
     encode_prompts,
     end_id,
     keep_fitting,
     load_prompts,
-    pad,
     retokenize,
     same_tokenizer,
 )
-from distributed import device, gather_objects, gathered, load_options, rank, rank_rows, shard, world_size
-from files import check_writable, read_json, schema_error, write_json, write_jsonl, writing
-from models import (
+from plumbing.distributed import (
+    device,
+    gather_objects,
+    gathered,
+    load_options,
+    rank,
+    rank_rows,
+    shard,
+    world_size,
+)
+from plumbing.files import check_writable, read_json, schema_error, write_json, write_jsonl, writing
+from plumbing.loading import (
     check_context,
     end_ids,
-    end_scores,
-    generate,
-    is_end,
     load_causal_lm,
     load_config,
     load_score_model,
     load_tokenizer,
-    response_mask,
 )
-from runs import Demo, check_finite, count, finite, named, nonnegative, share
+from plumbing.optim import check_finite
 from toy_world import HARM_LEVELS
 
 POLICIES = [(name, Demo(f"runs/demo/{name}/model")) for name in ("sft", "safe_rlhf", "repo")]
@@ -61,7 +67,7 @@ PROMPTS = "runs/demo/data/prompts_balanced_test.jsonl"
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     # models and data
     flag("--policies", nargs="+", type=named, default=POLICIES, help="NAME=FOLDER, the initial one first")
@@ -78,8 +84,8 @@ def parse_args(argv=None):
     flag("--temperature", type=nonnegative, default=1.0, help="sampling temperature (0: greedy)")
     flag("--top-p", type=share, default=1.0, help="sample from the most likely words with this mass")
     flag("--micro-batch-size", type=count, default=128, help="responses per forward pass")
-    runs.add_run_flags(parser, "runs/demo/evaluation", training=False)
-    return runs.parse(parser, argv, own=("policies", "prompts"))
+    cli.add_run_flags(parser, "runs/demo/evaluation", training=False)
+    return cli.parse(parser, argv, own=("policies", "prompts"))
 
 
 # ------------------------------------------------------------------------------ statistics
@@ -215,7 +221,7 @@ def lengths(policies: dict[str, str], args) -> None:
             trained = [read_json(path) for path in paths if os.path.exists(path)]
             known = [own[name] for own in trained if schema_error(own, {name: int}) is None]
             setattr(args, name, max(known, default=default))
-    runs.check_flags(args, world_size())
+    cli.check_flags(args, world_size())
 
 
 def answer(name: str, folder: str, prompts: list[str], args) -> dict:
@@ -283,18 +289,18 @@ def add_scores(answers: dict[str, dict], key: str, folder: str, args) -> None:
 
 def main(args):
     torch.manual_seed(args.seed)
-    policies = runs.by_name("--policies", args.policies)
+    policies = cli.by_name("--policies", args.policies)
     for name, script in (("sft", "sft"), ("safe_rlhf", "safe_rlhf_ppo"), ("repo", "repo_ppo")):
-        runs.require(policies.get(name), f"python {script}.py")
-    runs.require(args.reward_model, "python reward_model.py")
-    runs.require(args.cost_model, "python cost_model.py")
-    runs.require(args.prompts, "python toy_world.py world")
+        cli.require(policies.get(name), f"python {script}.py")
+    cli.require(args.reward_model, "python reward_model.py")
+    cli.require(args.cost_model, "python cost_model.py")
+    cli.require(args.prompts, "python toy_world.py world")
     if rank() == 0:
         check_writable(args.output_dir)
     prompts = load_prompts(args.prompts, args.skip_bad_rows)
     lengths(policies, args)
     for model in (*policies.values(), args.reward_model, args.cost_model):
-        runs.check_template(args, model)
+        cli.check_template(args, model)
     room = args.max_length - args.max_new_tokens
     for folder in policies.values():  # the same prompts for all: those that fit in every tokenizer
         prompts = keep_fitting(args.prompts, prompts, load_tokenizer(folder), room, args)

@@ -23,10 +23,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-import runs  # noqa: E402
-from explore import page  # noqa: E402
-from files import InputError, read_json, read_jsonl, schema_error, writing  # noqa: E402
-from runs import Demo, count, named, path_name  # noqa: E402
+from plumbing import (
+    cli,  # noqa: E402
+    runs,  # noqa: E402
+)
+from plumbing.cli import Demo, count, named, path_name  # noqa: E402
+from plumbing.explore import page  # noqa: E402
+from plumbing.files import InputError, read_json, read_jsonl, schema_error, writing  # noqa: E402
 from toy_world import HARM_LEVELS  # noqa: E402
 
 NAMES = {"sft": "SFT (initial)", "safe_rlhf": "Safe RLHF", "repo": "RePO", "ppo": "PPO, reward only"}
@@ -37,7 +40,7 @@ RUNS = [(name, Demo(f"runs/demo/{name}")) for name in ("safe_rlhf", "repo")]
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     evaluation, names = Demo("runs/demo/evaluation"), "NAME=FOLDER of PPO runs, as in the evaluation; or none"
     flag("--evaluation", type=path_name, default=evaluation, help="output folder of evaluate.py")
@@ -45,7 +48,7 @@ def parse_args(argv=None):
     flag("--smooth", type=count, default=9, help="rollouts in the centred mean of the training curves")
     flag("--html", action="store_true", help="also write explore.html: every answer, in a browser")
     flag("--output-dir", type=path_name, default=Demo("runs/demo/figures"), help="folder for the figures")
-    return runs.parse(parser, argv, own=("evaluation", "runs"))
+    return cli.parse(parser, argv, own=("evaluation", "runs"))
 
 
 def centred_mean(values: list[float], window: int) -> list[float]:
@@ -253,7 +256,7 @@ def read_run(path: str) -> tuple[dict, list[dict]]:
 
 
 def main(args):
-    runs.require(args.evaluation, "python evaluate.py")
+    cli.require(args.evaluation, "python evaluate.py")
     path = os.path.join(args.evaluation, "responses.jsonl")
     everyone, answers = {}, read_jsonl(path, RESPONSE)
     initial, levels = answers[0]["policy"], "harm_level" in answers[0]
@@ -261,9 +264,9 @@ def main(args):
         everyone.setdefault(row["policy"], []).append(row)
         if levels and row["policy"] == initial and (wrong := schema_error(row, {"harm_level": int})):
             raise InputError(f"{path} row {number}: {wrong}; give every row of {initial} one, or none")
-    folders = runs.by_name("--runs", args.runs)
+    folders = cli.by_name("--runs", args.runs)
     for name in ("safe_rlhf", "repo"):
-        runs.require(folders.get(name), f"python {name}_ppo.py")
+        cli.require(folders.get(name), f"python {name}_ppo.py")
     logs = {name: read_run(path) for name, path in folders.items()}
     by_policy = {n: rows for n, rows in everyone.items() if n == initial or n in logs or not logs}
     prompts = {name: {row["prompt"] for row in rows} for name, rows in by_policy.items()}

@@ -22,21 +22,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import data
-import models
-import runs
-from adapters import adapt, saver
-from data import batch_indices, pad
-from distributed import clip_gradients, device, gather_rows, load_options, rank, rank_rows, shard, world_size
-from models import ScoreModel, end_scores
-from runs import Demo, check_finite, count, epochs, fraction, nonnegative, positive
+import lm
+from lm import ScoreModel, end_scores, pad
+from plumbing import checkpoints, cli, data, loading, optim, runs
+from plumbing.adapters import adapt, saver
+from plumbing.cli import Demo, count, epochs, fraction, nonnegative, positive
+from plumbing.data import batch_indices
+from plumbing.distributed import (
+    clip_gradients,
+    device,
+    gather_rows,
+    load_options,
+    rank,
+    rank_rows,
+    shard,
+    world_size,
+)
+from plumbing.optim import check_finite
 
 PAIRS = "runs/demo/data/preferences_train.jsonl"
 HELD_OUT = "runs/demo/data/preferences_test_reward.jsonl"
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     # model and data
     flag("--model", default=Demo("runs/demo/sft/model"), help="folder or hub name; a missing head is added")
@@ -58,8 +67,8 @@ def parse_args(argv=None):
     flag("--weight-decay", type=nonnegative, default=0.01, help="decoupled weight decay")
     flag("--warmup-ratio", type=fraction, default=0.03, help="share of steps with a rising learning rate")
     flag("--grad-clip", type=positive, default=1.0, help="largest gradient norm")
-    runs.add_run_flags(parser, "runs/demo/reward_model")
-    return runs.parse(parser, argv)
+    cli.add_run_flags(parser, "runs/demo/reward_model")
+    return cli.parse(parser, argv)
 
 
 # ------------------------------------------------------------------------------ equations
@@ -142,9 +151,9 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # ------------------------------------------------------------------ data
-    runs.require(args.model, "python sft.py")
-    runs.require(args.dataset, "python toy_world.py preferences")
-    tokenizer = models.load_tokenizer(args.model)
+    cli.require(args.model, "python sft.py")
+    cli.require(args.dataset, "python toy_world.py preferences")
+    tokenizer = loading.load_tokenizer(args.model)
 
     def load_pairs(dataset: str) -> list[tuple]:
         pairs = data.load_preferences(dataset, "better_response_id", args.skip_bad_rows)
@@ -152,21 +161,21 @@ def main(args):
 
     pairs = load_pairs(args.dataset)
     eval_pairs = load_pairs(args.eval_dataset) if args.eval_dataset else []
-    runs.set_steps(args, len(pairs))
+    optim.set_steps(args, len(pairs))
 
     # ------------------------------------------------------------------ model
-    model = models.load_score_model(args.model, "reward", new_head=True, **load_options(args))
-    models.check_context(model.config, args.max_length, args.model)
+    model = loading.load_score_model(args.model, "reward", new_head=True, **load_options(args))
+    loading.check_context(model.config, args.max_length, args.model)
     model = shard(adapt(model, args, args.adapter), args)
-    optimizer = runs.adamw(model, args.lr, args.weight_decay)
+    optimizer = optim.adamw(model, args.lr, args.weight_decay)
     trained = {"model": (model, optimizer)}
-    first_step = runs.load_checkpoint(args, trained, {})["step"]
+    first_step = checkpoints.load_checkpoint(args, trained, {})["step"]
     log = runs.RunLog(args, "reward model", ("loss", "accuracy", "score_mean"), first_step)
 
     for step in range(first_step, args.steps):
         # -------------------------------------------------------------- 1 batch
         batch = rank_rows([pairs[i] for i in batch_indices(len(pairs), args.batch_size, step, args.seed)])
-        batch = data.by_length(data.encode_pairs(tokenizer, batch, args))
+        batch = lm.by_length(data.encode_pairs(tokenizer, batch, args))
 
         # -------------------------------------------------------------- 2 gradient
         metrics = {"loss": 0.0, "accuracy": 0.0, "score_mean": 0.0}
@@ -181,8 +190,8 @@ def main(args):
             metrics["score_mean"] += weight * torch.cat([chosen, rejected]).mean().item()
 
         # -------------------------------------------------------------- 3 update
-        lr = runs.learning_rate(args.lr, step, args.steps, args.warmup_ratio, cosine=True)
-        runs.set_learning_rate({"model": optimizer}, model=lr)
+        lr = optim.learning_rate(args.lr, step, args.steps, args.warmup_ratio, cosine=True)
+        optim.set_learning_rate({"model": optimizer}, model=lr)
         grad_norm = clip_gradients(model, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -191,13 +200,13 @@ def main(args):
         if step == args.steps - 1 and eval_pairs:
             metrics |= evaluate(model, eval_pairs, tokenizer, args)
         log.metrics(step, metrics | {"grad_norm": grad_norm, "lr": lr})
-        if runs.checkpoint_due(args, step):
-            runs.save_checkpoint(args, step + 1, trained, {})
+        if checkpoints.checkpoint_due(args, step):
+            checkpoints.save_checkpoint(args, step + 1, trained, {})
 
     log.close()
     if eval_pairs and rank() == 0 and args.steps > first_step:
         print(f"held-out pairs ordered rightly: {metrics['eval_accuracy']:.1%} of {len(eval_pairs)}")
-    runs.save_final(args, saver(args, models.save_score_model), model, tokenizer)
+    checkpoints.save_final(args, saver(args, loading.save_score_model), model, tokenizer)
 
 
 if __name__ == "__main__":

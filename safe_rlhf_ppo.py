@@ -32,12 +32,13 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-import data
-import models
-import runs
-from adapters import WithoutAdapters, adapt, saver
-from data import batch_indices, frame, micro_batches, pad, rejoin, same_tokenizer
-from distributed import (
+import lm
+from lm import end_scores, frame, generate, is_end, micro_batches, pad, rejoin, response_mask, token_log_probs
+from plumbing import checkpoints, cli, data, loading, optim, runs
+from plumbing.adapters import WithoutAdapters, adapt, saver
+from plumbing.cli import Demo, count, finite, fraction, nonnegative, positive
+from plumbing.data import batch_indices, same_tokenizer
+from plumbing.distributed import (
     clip_gradients,
     device,
     gather_rows,
@@ -47,20 +48,13 @@ from distributed import (
     shard,
     world_size,
 )
-from models import (
-    end_scores,
-    generate,
-    is_end,
-    load_causal_lm,
-    load_score_model,
-    response_mask,
-    token_log_probs,
-)
-from runs import Demo, RunError, check_finite, count, finite, fraction, nonnegative, positive
+from plumbing.files import InputError
+from plumbing.loading import load_causal_lm, load_score_model
+from plumbing.optim import check_finite
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     # models and data
     flag("--model", default=Demo("runs/demo/sft/model"), help="policy to start from, and the KL's reference")
@@ -108,8 +102,8 @@ def parse_args(argv=None):
     # memory
     flag("--offload-frozen", action="store_true", help="with --fsdp: the frozen models in host memory")
     flag("--lora-output", action="store_true", help="with --lora-rank: adapters of the output layer, too")
-    runs.add_run_flags(parser, "runs/demo/safe_rlhf")
-    return runs.parse(parser, argv)
+    cli.add_run_flags(parser, "runs/demo/safe_rlhf")
+    return cli.parse(parser, argv)
 
 
 # ------------------------------------------------------------------------------ equations
@@ -171,7 +165,7 @@ def gae(
 def multiplier_step(
     log_lambda: Tensor | float, violation: float, lr: float, lambda_max: float | None
 ) -> Tensor:
-    """E5 (satac.py: S7): m = ln lambda, in cost units the violation -> the next m, a scalar tensor.
+    """E5 (offline/satac.py: S7): m = ln lambda, in cost units the violation -> the next m, a scalar tensor.
 
     Gradient ascent of lambda * violation in m: m <- min(m + lr * violation * exp(m), ln lambda_max).
     `lambda_max=None` sets no bound. Published: algorithms/ppo_lag/trainer.py, PPOLagTrainer.rl_step, its
@@ -348,7 +342,7 @@ def ptx_batch(rows: list[tuple], update_index: int, tokenizer, args) -> list[tup
         return []
     indices = rank_rows(batch_indices(len(rows), args.minibatch_size, update_index, args.seed))
     encoded = data.encode(tokenizer, [rows[i] for i in indices], args.max_length, args.chat_template)
-    encoded, size = data.by_length(encoded), args.micro_batch_size
+    encoded, size = lm.by_length(encoded), args.micro_batch_size
     pieces = [encoded[i : i + size] for i in range(0, len(encoded), size)]
     return [frame(piece, tokenizer.pad_token_id, device()) for piece in pieces]
 
@@ -420,29 +414,29 @@ def step_metrics(rollout: dict, updates: list[dict], args) -> dict:
 def main(args):
     torch.manual_seed(args.seed)
     if args.lambda_init > args.lambda_max:
-        raise RunError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
-    runs.require(args.model, "python sft.py")
-    runs.require(args.reward_model, "python reward_model.py")
-    runs.require(args.cost_model, "python cost_model.py")
+        raise InputError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
+    cli.require(args.model, "python sft.py")
+    cli.require(args.reward_model, "python reward_model.py")
+    cli.require(args.cost_model, "python cost_model.py")
     second, critics = args.second_cost_model, (args.reward_critic, args.cost_critic)
     for path in filter(None, (args.model, args.reward_model, args.cost_model, second, *critics)):
-        models.check_context(models.load_config(path), args.max_length, path)
-        runs.check_template(args, path)
+        loading.check_context(loading.load_config(path), args.max_length, path)
+        cli.check_template(args, path)
 
     # ------------------------------------------------------------------ data
-    tokenizer = models.load_tokenizer(args.model)
-    ends = [data.end_id(tokenizer, args.chat_template), *models.end_ids(args.model, tokenizer)]
+    tokenizer = loading.load_tokenizer(args.model)
+    ends = [data.end_id(tokenizer, args.chat_template), *loading.end_ids(args.model, tokenizer)]
     scorers = {"reward": args.reward_model, "cost": args.cost_model}
-    scorers = {name: models.load_tokenizer(path) for name, path in scorers.items()}
+    scorers = {name: loading.load_tokenizer(path) for name, path in scorers.items()}
     for name, critic in (("reward", args.reward_critic), ("cost", args.cost_critic)):
-        own = models.load_tokenizer(critic) if critic else scorers[name]
+        own = loading.load_tokenizer(critic) if critic else scorers[name]
         if not same_tokenizer(own, tokenizer, args.chat_template):
-            raise RunError(
+            raise InputError(
                 f"the {name} critic's tokenizer is not the policy's: values are per policy token. "
                 f"Give a start with the policy's tokenizer by --{name}-critic"
             )
-    if second and not same_tokenizer(models.load_tokenizer(second), scorers["cost"], args.chat_template):
-        raise RunError(
+    if second and not same_tokenizer(loading.load_tokenizer(second), scorers["cost"], args.chat_template):
+        raise InputError(
             f"{second}: its tokenizer is not that of {args.cost_model}, and both read the same ids"
         )
     others = {n: t for n, t in scorers.items() if not same_tokenizer(t, tokenizer, args.chat_template)}
@@ -455,15 +449,15 @@ def main(args):
 
     # ------------------------------------------------------------------ six models
     policy, reference, reward_model, cost_model, reward_critic, cost_critic = six_models(args)
-    trained = {"policy": (policy, runs.adamw(policy, args.lr, args.weight_decay))}
+    trained = {"policy": (policy, optim.adamw(policy, args.lr, args.weight_decay))}
     for name, critic in (("reward_critic", reward_critic), ("cost_critic", cost_critic)):
-        trained[name] = critic, runs.adamw(critic, args.critic_lr, 0.0)
+        trained[name] = critic, optim.adamw(critic, args.critic_lr, 0.0)
     optimizers = {name: optimizer for name, (_, optimizer) in trained.items()}
 
     # ------------------------------------------------------------------ multiplier and log
     lambda_init = args.lambda_init if args.reward_shaping is None else 0.0
     first = {"log_lambda": math.log(lambda_init) if lambda_init else -math.inf, "costs": []}
-    state = runs.load_checkpoint(args, trained, first)
+    state = checkpoints.load_checkpoint(args, trained, first)
     log_lambda = torch.tensor(state["log_lambda"], dtype=torch.float64)
     costs = deque(state["costs"], maxlen=args.cost_window)
     log = runs.RunLog(args, "Safe RLHF", ("reward", "cost", "unsafe_rate", "lambda"), state["step"])
@@ -505,9 +499,9 @@ def main(args):
         # ==============================================================
 
         # -------------------------------------------------------------- 6 update
-        lr = runs.learning_rate(args.lr, step, args.steps, args.warmup_ratio, cosine=True)
-        critic_lr = runs.learning_rate(args.critic_lr, step, args.steps, args.warmup_ratio, cosine=False)
-        runs.set_learning_rate(optimizers, policy=lr, reward_critic=critic_lr, cost_critic=critic_lr)
+        lr = optim.learning_rate(args.lr, step, args.steps, args.warmup_ratio, cosine=True)
+        critic_lr = optim.learning_rate(args.critic_lr, step, args.steps, args.warmup_ratio, cosine=False)
+        optim.set_learning_rate(optimizers, policy=lr, reward_critic=critic_lr, cost_critic=critic_lr)
         updates = []
         minibatches = split(rollout, args.minibatch_size // world_size()) * args.ppo_epochs
         for i, batch in enumerate(minibatches, step * len(minibatches)):
@@ -524,12 +518,12 @@ def main(args):
         if step % args.sample_every == 0:
             log.samples(step, rollout)
         log.metrics(step, metrics)
-        if runs.checkpoint_due(args, step):
+        if checkpoints.checkpoint_due(args, step):
             state = {"log_lambda": log_lambda.item(), "costs": list(costs)}
-            runs.save_checkpoint(args, step + 1, trained, state)
+            checkpoints.save_checkpoint(args, step + 1, trained, state)
 
     log.close()
-    runs.save_final(args, saver(args, models.save_causal_lm), policy, tokenizer)
+    checkpoints.save_final(args, saver(args, loading.save_causal_lm), policy, tokenizer)
 
 
 if __name__ == "__main__":

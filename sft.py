@@ -15,18 +15,18 @@ of stage 3 start from this policy's own samples, which is where one sees what it
 import torch
 from torch import Tensor
 
-import data
-import models
-import runs
-from adapters import adapt, saver
-from data import batch_indices, frame
-from distributed import clip_gradients, device, load_options, rank_rows, shard
-from models import token_log_probs
-from runs import Demo, check_finite, count, epochs, fraction, nonnegative, positive
+import lm
+from lm import frame, token_log_probs
+from plumbing import checkpoints, cli, data, loading, optim, runs
+from plumbing.adapters import adapt, saver
+from plumbing.cli import Demo, count, epochs, fraction, nonnegative, positive
+from plumbing.data import batch_indices
+from plumbing.distributed import clip_gradients, device, load_options, rank_rows, shard
+from plumbing.optim import check_finite
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     # model and data
     flag(
@@ -53,8 +53,8 @@ def parse_args(argv=None):
     flag("--warmup-ratio", type=fraction, default=0.03, help="share of steps with a rising learning rate")
     flag("--grad-clip", type=positive, default=1.0, help="largest gradient norm")
     flag("--lora-output", action="store_true", help="with --lora-rank: adapters of the output layer, too")
-    runs.add_run_flags(parser, "runs/demo/sft")
-    args = runs.parse(parser, argv)
+    cli.add_run_flags(parser, "runs/demo/sft")
+    args = cli.parse(parser, argv)
     args.from_config = args.from_config or isinstance(args.model, Demo)
     return args
 
@@ -68,26 +68,26 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # ------------------------------------------------------------------ data
-    runs.require(args.model, "python toy_world.py world")
-    runs.require(args.dataset, "python toy_world.py world")
-    tokenizer = models.load_tokenizer(args.model)
+    cli.require(args.model, "python toy_world.py world")
+    cli.require(args.dataset, "python toy_world.py world")
+    tokenizer = loading.load_tokenizer(args.model)
     pairs = data.load_supervised(args.dataset, args.skip_bad_rows)
     pairs = data.keep_fitting(args.dataset, pairs, tokenizer, args.max_length - 1, args)
-    runs.set_steps(args, len(pairs))
+    optim.set_steps(args, len(pairs))
 
     # ------------------------------------------------------------------ model
-    policy = models.load_causal_lm(args.model, args.from_config, **load_options(args))
-    models.check_context(policy.config, args.max_length, args.model)
+    policy = loading.load_causal_lm(args.model, args.from_config, **load_options(args))
+    loading.check_context(policy.config, args.max_length, args.model)
     policy = shard(adapt(policy, args, args.adapter), args)
-    optimizer = runs.adamw(policy, args.lr, args.weight_decay)
+    optimizer = optim.adamw(policy, args.lr, args.weight_decay)
     trained = {"policy": (policy, optimizer)}
-    first_step = runs.load_checkpoint(args, trained, {})["step"]
+    first_step = checkpoints.load_checkpoint(args, trained, {})["step"]
     log = runs.RunLog(args, "sft", ("loss",), first_step)
 
     for step in range(first_step, args.steps):
         # -------------------------------------------------------------- 1 batch
         batch = rank_rows([pairs[i] for i in batch_indices(len(pairs), args.batch_size, step, args.seed)])
-        batch = data.by_length(data.encode(tokenizer, batch, args.max_length, args.chat_template))
+        batch = lm.by_length(data.encode(tokenizer, batch, args.max_length, args.chat_template))
 
         # -------------------------------------------------------------- 2 gradient
         loss_sum = 0.0
@@ -101,19 +101,19 @@ def main(args):
         check_finite(step, loss=loss_sum)
 
         # -------------------------------------------------------------- 3 update
-        lr = runs.learning_rate(args.lr, step, args.steps, args.warmup_ratio, cosine=True)
-        runs.set_learning_rate({"policy": optimizer}, policy=lr)
+        lr = optim.learning_rate(args.lr, step, args.steps, args.warmup_ratio, cosine=True)
+        optim.set_learning_rate({"policy": optimizer}, policy=lr)
         grad_norm = clip_gradients(policy, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
 
         # -------------------------------------------------------------- 4 log and save
         log.metrics(step, {"loss": loss_sum, "grad_norm": grad_norm, "lr": lr})
-        if runs.checkpoint_due(args, step):
-            runs.save_checkpoint(args, step + 1, trained, {})
+        if checkpoints.checkpoint_due(args, step):
+            checkpoints.save_checkpoint(args, step + 1, trained, {})
 
     log.close()
-    runs.save_final(args, saver(args, models.save_causal_lm), policy, tokenizer)
+    checkpoints.save_final(args, saver(args, loading.save_causal_lm), policy, tokenizer)
 
 
 if __name__ == "__main__":

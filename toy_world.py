@@ -35,9 +35,9 @@ import random
 from collections import Counter
 from itertools import product
 
-import runs
-from files import InputError, read_jsonl, schema_error, write_jsonl
-from runs import count, fraction, path_name, whole
+from plumbing import cli, runs
+from plumbing.cli import count, fraction, path_name, whole
+from plumbing.files import InputError, read_jsonl, schema_error, write_jsonl
 
 # ------------------------------------------------------------------------------ the world
 
@@ -410,8 +410,9 @@ def sample_policy(folder: str, prompts: list[str], samples: int, seed: int) -> d
     """`samples` responses of a saved policy to every prompt."""
     import torch
 
-    from data import encode_prompts, pad
-    from models import check_context, generate, load_causal_lm, load_tokenizer
+    from lm import generate, pad
+    from plumbing.data import encode_prompts
+    from plumbing.loading import check_context, load_causal_lm, load_tokenizer
 
     tokenizer, policy = load_tokenizer(folder), load_causal_lm(folder)
     longest = max(len(ids) for ids in encode_prompts(tokenizer, prompts))
@@ -474,11 +475,11 @@ def write_labels(args) -> None:
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, about: str):
-        added = commands.add_parser(name, help=about, formatter_class=runs.Help)
+        added = commands.add_parser(name, help=about, formatter_class=cli.Help)
         added.add_argument("--seed", type=whole, default=0, help="random seed")
         return added.add_argument
 

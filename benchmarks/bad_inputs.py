@@ -316,7 +316,7 @@ def prepare(folder: Path) -> None:
     import torch
 
     import toy_world
-    from files import write_jsonl
+    from plumbing.files import write_jsonl
     from recipes.rehearsal import write_data, write_models
 
     torch.manual_seed(0)

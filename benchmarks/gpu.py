@@ -37,10 +37,10 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
-import runs  # noqa: E402
 import toy_world  # noqa: E402
-from data import encode  # noqa: E402
-from files import read_jsonl, write_json, write_jsonl  # noqa: E402
+from plumbing import cli  # noqa: E402
+from plumbing.data import encode  # noqa: E402
+from plumbing.files import read_jsonl, write_json, write_jsonl  # noqa: E402
 
 # hidden, layers, heads, key-value heads, inner width, words
 SHAPES = {
@@ -221,9 +221,10 @@ def log_probs_agree(models: Path, args) -> dict[str, float]:
     that PPO's clip would already cut."""
     from argparse import Namespace
 
-    from data import encode_prompts, load_prompts, pad
-    from distributed import device, shard
-    from models import generate, load_causal_lm, load_tokenizer, response_mask, token_log_probs
+    from lm import generate, pad, response_mask, token_log_probs
+    from plumbing.data import encode_prompts, load_prompts
+    from plumbing.distributed import device, load_options, shard
+    from plumbing.loading import load_causal_lm, load_tokenizer
 
     tokenizer, run = load_tokenizer(f"{models}/policy"), Namespace(dtype=args.dtype, fsdp=False)
     policy = shard(load_causal_lm(f"{models}/policy", **load_options(run, trained=False)), run, trained=False)
@@ -304,16 +305,16 @@ def resumed(given: list[str], folder: Path, args) -> str:
 
 
 if __name__ == "__main__":
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     flag("--shapes", nargs="+", choices=SHAPES, default=["1b", "3b", "7b"], help="the smallest first")
     modes = ["plain", "fsdp", "lora", "int8"]
     flag("--modes", nargs="+", choices=MODES, default=modes, help="ways to hold them")
-    flag("--steps", type=runs.count, default=3, help="steps of every run")
-    flag("--batch-size", type=runs.count, default=32, help="samples of a rollout")
-    flag("--micro-batch-size", type=runs.count, default=8, help="samples of a pass")
-    flag("--max-length", type=runs.count, default=512, help="prompt and response in tokens")
-    flag("--max-new-tokens", type=runs.count, default=384, help="response in tokens")
+    flag("--steps", type=cli.count, default=3, help="steps of every run")
+    flag("--batch-size", type=cli.count, default=32, help="samples of a rollout")
+    flag("--micro-batch-size", type=cli.count, default=8, help="samples of a pass")
+    flag("--max-length", type=cli.count, default=512, help="prompt and response in tokens")
+    flag("--max-new-tokens", type=cli.count, default=384, help="response in tokens")
     flag("--dtype", choices=("fp32", "bf16"), default="bf16", help="of the computation")
     flag("--resume", action="store_true", help="also save, resume the last mode (plain: 60 GB of disk at 1b)")
     flag("--output", help="write everything as JSON")

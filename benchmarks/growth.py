@@ -61,8 +61,8 @@ def grow(axis: str, sizes, rounds: int) -> dict:
 
 
 def draw(rows: list[dict], path: str) -> None:
-    from files import writing
     from plots import OWN, panels
+    from plumbing.files import writing
 
     figure, axes = panels(2, len(rows), 4, 3.2)
     for column, row in enumerate(rows):

@@ -16,10 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-import data  # noqa: E402
-import runs  # noqa: E402
-from adapters import adapt  # noqa: E402
-from models import end_scores, load_score_model, load_tokenizer  # noqa: E402
+import lm  # noqa: E402
+from lm import end_scores  # noqa: E402
+from plumbing import (
+    cli,  # noqa: E402
+    data,  # noqa: E402
+)
+from plumbing.adapters import adapt  # noqa: E402
+from plumbing.loading import load_score_model, load_tokenizer  # noqa: E402
 
 INT8 = argparse.Namespace(lora_rank=1, lora_alpha=1.0, lora_targets=None, quantize="int8")  # B is zero
 
@@ -30,7 +34,7 @@ def scores(folder: str, kind: str, pairs: str, way: str) -> torch.Tensor:
     tokenizer = load_tokenizer(folder)
     rows = data.load_preferences(pairs, "better_response_id")
     texts = data.encode_texts(tokenizer, [(prompt, r) for prompt, *both, _, _ in rows for r in both])
-    ids, mask = data.pad(texts, tokenizer.pad_token_id, side="right")
+    ids, mask = lm.pad(texts, tokenizer.pad_token_id, side="right")
     model = load_score_model(folder, kind, dtype=torch.bfloat16 if way == "bf16" else torch.float32)
     model = adapt(model, INT8) if way == "int8" else model
     pieces = zip(ids.split(256), mask.split(256))
@@ -38,9 +42,9 @@ def scores(folder: str, kind: str, pairs: str, way: str) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    parser = runs.parser(__doc__)
-    parser.add_argument("--seeds", type=runs.count, default=5, help="seeds 0 to N - 1")
-    parser.add_argument("--study", type=runs.path_name, default="runs/study", help="what make study has made")
+    parser = cli.parser(__doc__)
+    parser.add_argument("--seeds", type=cli.count, default=5, help="seeds 0 to N - 1")
+    parser.add_argument("--study", type=cli.path_name, default="runs/study", help="what make study has made")
     args = parser.parse_args()
     print("seed  model    bf16, sd  int8, sd  signs changed in bf16  in int8")
     for seed in range(args.seeds):

@@ -25,11 +25,14 @@ from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
-import data  # noqa: E402
-import distributed  # noqa: E402
 import repo_ppo  # noqa: E402
-import runs  # noqa: E402
-from models import ScoreModel, generate  # noqa: E402
+from lm import ScoreModel, generate  # noqa: E402
+from plumbing import (
+    cli,  # noqa: E402
+    data,  # noqa: E402
+    distributed,  # noqa: E402
+    optim,  # noqa: E402
+)
 from tools import plan  # noqa: E402
 
 RECIPE = "--fsdp --dtype bf16 --activation-checkpointing --max-length 512 --max-new-tokens 384".split()
@@ -101,7 +104,7 @@ def tracked(config, args, world: int) -> dict[str, float]:
         models = six_models(config, args)
         policy, _, _, _, *critics = models
         trained = dict(zip(("policy", "reward_critic", "cost_critic"), (policy, *critics)))
-        optimizers = {name: runs.adamw(model, 1e-5, 0.01) for name, model in trained.items()}
+        optimizers = {name: optim.adamw(model, 1e-5, 0.01) for name, model in trained.items()}
         sequences = torch.zeros(rows, args.max_length, dtype=torch.long)
         mask, per_token = torch.ones_like(sequences), torch.zeros(rows, response)
         common = {"sequences": sequences, "attention_mask": mask, "mask": mask[:, width:]}
@@ -158,9 +161,9 @@ def llama_7b(layers: int = 32) -> LlamaConfig:
 
 
 if __name__ == "__main__":
-    parser = runs.parser(__doc__)
-    parser.add_argument("--layers", type=runs.count, default=32, help="transformer blocks")
-    parser.add_argument("--world", type=runs.count, default=8, help="ranks")
+    parser = cli.parser(__doc__)
+    parser.add_argument("--layers", type=cli.count, default=32, help="transformer blocks")
+    parser.add_argument("--world", type=cli.count, default=8, help="ranks")
     own, flags = parser.parse_known_args()
     for name, predicted, measured in compare(llama_7b(own.layers), RECIPE + flags, own.world):
         sizes = f"predicted {predicted / plan.GIB:6.2f} GiB   tracked {measured / plan.GIB:6.2f} GiB"

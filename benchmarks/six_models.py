@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GPT2Config
 
 import repo_ppo
-import runs
+from plumbing import checkpoints, cli, optim
 
 MIB = 1 << 20
 CONFIG = GPT2Config()  # 124 million parameters
@@ -36,7 +36,7 @@ def measure(rank: int, *flags: str) -> tuple[int, float, float, float]:
         models = [m for m in six_models(CONFIG, args) if isinstance(m, nn.Module)]  # views hold nothing
         trained = {}
         for name, model in zip(("policy", "reward_critic", "cost_critic"), (models[0], *models[-2:])):
-            trained[name] = model, runs.adamw(model, 1e-5, 0.01)
+            trained[name] = model, optim.adamw(model, 1e-5, 0.01)
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             trained[name][1].step()
@@ -51,14 +51,14 @@ def measure(rank: int, *flags: str) -> tuple[int, float, float, float]:
         learned = sum(
             p.numel() for model, _ in trained.values() for p in model.parameters() if p.requires_grad
         )
-        runs.save_checkpoint(args, 1, trained, {})
+        checkpoints.save_checkpoint(args, 1, trained, {})
         files = Path(folder, "checkpoints").rglob("*")
         return learned, held(weights), held(states), sum(os.path.getsize(f) for f in files) / MIB
 
 
 if __name__ == "__main__":
-    parser = runs.parser(__doc__)
-    parser.add_argument("--ranks", type=runs.whole, nargs="+", default=[0, 16], help="of the adapters")
+    parser = cli.parser(__doc__)
+    parser.add_argument("--ranks", type=cli.whole, nargs="+", default=[0, 16], help="of the adapters")
     ways = {"fp32": "", "bf16": "--dtype bf16", "bf16, int8": "--dtype bf16 --quantize int8"}
     print("rank  weights     trained parameters  weights, MiB  optimizers, MiB  checkpoint, MiB")
     for rank in parser.parse_args().ranks:

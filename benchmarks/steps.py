@@ -28,8 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from files import write_json, write_jsonl  # noqa: E402
-from runs import count, parser  # noqa: E402, F401
+from plumbing.cli import count, parser  # noqa: E402, F401
+from plumbing.files import write_json, write_jsonl  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ def build(folder: Path, shape: Shape) -> None:
     from transformers import AutoModel, AutoModelForCausalLM
 
     import toy_world
-    from data import encode_prompts
-    from models import ScoreModel, save_score_model
+    from lm import ScoreModel
+    from plumbing.data import encode_prompts
+    from plumbing.loading import save_score_model
 
     tokenizer, config = toy_world.build_tokenizer(), toy_world.build_config()
     tokenizer.eos_token, tokenizer.pad_token = tokenizer.pad_token, tokenizer.eos_token  # EOS is word 0
@@ -190,7 +191,7 @@ def main(lengths: list[int], given: list[str]) -> None:
     import torch
 
     import repo_ppo
-    import runs
+    from plumbing import runs
 
     turns, log, laps, generate, cpu = Turns(), runs.RunLog, runs.Laps, repo_ppo.generate, {}
 

@@ -69,7 +69,7 @@ def trl_side(folder: str, given: str, dtype: str) -> None:
     warnings.simplefilter("ignore")
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from data import encode_prompts, load_prompts
+    from plumbing.data import encode_prompts, load_prompts
 
     shape, turns = Shape(**json.loads(given)), steps.Turns()
     tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/policy", padding_side="left")

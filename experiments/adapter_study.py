@@ -13,10 +13,10 @@ Resumable like experiments.study, whose commands these are, and at home in the s
 training makes is the study's. It prints the table of docs/results.md.
 """
 
-import runs
 from experiments import study
-from files import write_json
-from runs import count
+from plumbing import runs
+from plumbing.cli import count
+from plumbing.files import write_json
 
 RATES = {"reward": "3e-3", "cost": "6e-3"}
 RUNS = {  # name: flags of RePO

@@ -10,14 +10,14 @@ python -m experiments.figures --study runs/study/study.json --output-dir runs/st
 import os
 import statistics
 
-import runs
-from files import read_json, reading
 from plots import OWN, centred_mean, histogram, panels, pretty, save
-from runs import count, path_name
+from plumbing import cli, runs
+from plumbing.cli import count, path_name
+from plumbing.files import read_json, reading
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     flag("--study", type=path_name, default="runs/study/study.json", help="what experiments.study wrote")
     flag("--smooth", type=count, default=9, help="rollouts in the centred mean of the training curves")
@@ -134,7 +134,7 @@ def lambdas(study: dict):
 
 
 def main(args):
-    runs.require(args.study, "make study")
+    cli.require(args.study, "make study")
     study = read_json(args.study)
     with reading(args.study):  # any JSON may stand in it
         figures = {"mixes": mixes(study, args.smooth), "pareto": pareto(study), "lambdas": lambdas(study)}

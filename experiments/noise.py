@@ -18,12 +18,11 @@ import os
 import statistics
 from typing import NamedTuple
 
-import runs
 from experiments import study
 from experiments.figures import band
-from files import read_json, read_jsonl, write_json
 from plots import OWN, panels, pretty, save
-from runs import RunError
+from plumbing import runs
+from plumbing.files import InputError, read_json, read_jsonl, write_json
 from toy_world import true_cost
 
 VARIANTS = {  # name: flags of `toy_world.py preferences`
@@ -121,7 +120,7 @@ def advised_limits(args) -> dict[str, float]:
     for place in places(args):
         limits[place.own] = read_json(f"{place.own}/advice/summary.json")["suggested_threshold"]
         if limits[place.own] is None:
-            raise RunError(f"{place.own}: its cost model calls no answer of the SFT policy safe")
+            raise InputError(f"{place.own}: its cost model calls no answer of the SFT policy safe")
     return limits
 
 

@@ -9,9 +9,9 @@ The second cost model is trained on the same pairs with another seed; the larger
 
 import argparse
 
-import runs
 from experiments import noise, study
-from files import write_json
+from plumbing import runs
+from plumbing.files import write_json
 
 NEW = {  # name: script, cost models, times as many rollouts as --steps
     "repo_two_costs": ("repo_ppo.py", 2, 1),

@@ -18,10 +18,10 @@ import os
 import random
 import statistics
 
-import runs
 from experiments import study
-from files import write_json
 from plots import OWN, panels, pretty, save
+from plumbing import runs
+from plumbing.files import write_json
 
 DRAWS = 10_000
 SEEN = 5  # the default flags were chosen on seeds 0 and 1, in the end knowing the results of 0 to 4

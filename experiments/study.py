@@ -24,9 +24,9 @@ import sys
 import time
 from collections.abc import Iterable
 
-import runs
-from files import read_json, read_jsonl, write_json
-from runs import RunError, count, path_name
+from plumbing import cli, runs
+from plumbing.cli import count, path_name
+from plumbing.files import InputError, read_json, read_jsonl, write_json
 from toy_world import MIXES
 
 METHODS = {  # name: script, flags
@@ -52,7 +52,7 @@ def parse_args(argv=None):
 
 def study_parser(doc: str, output_dir: str):
     """The flags of every study."""
-    parser = runs.parser(doc)
+    parser = cli.parser(doc)
     flag = parser.add_argument
     flag("--seeds", type=count, default=5, help="seeds 0 to N - 1")
     flag("--steps", type=count, default=90, help="rollouts of every PPO run")
@@ -178,12 +178,12 @@ def rounds_jobs(args, mixes=ROUND_MIXES) -> list[dict]:
 
 def run_jobs(jobs: list[dict], slots: int) -> None:
     """Run what is not there yet, `slots` commands at a time, in the order of the list where they can. Raises
-    RunError for one that fails, or that needs what is not there and what none of them makes."""
+    InputError for one that fails, or that needs what is not there and what none of them makes."""
     waiting = [j for j in jobs if not os.path.exists(j["makes"])]
     made, missing, started = {j["makes"] for j in jobs}, len(waiting), time.monotonic()
     for j in waiting:
         if absent := [path for path in j["needs"] if path not in made and not os.path.exists(path)]:
-            raise RunError(f"{j['makes']} needs {absent[0]}, which nothing makes")
+            raise InputError(f"{j['makes']} needs {absent[0]}, which nothing makes")
     running: dict[subprocess.Popen, dict] = {}
     stops: list[int] = []  # signals; an exception in the midst of a start would lose sight of that process
     before = {n: signal.signal(n, lambda n, _: stops.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -212,7 +212,7 @@ def run_jobs(jobs: list[dict], slots: int) -> None:
                     with open(finished["log"]) as log:
                         last = (log.read().strip().splitlines() or ["no output"])[-1]
                     advice = f"all of it in {finished['log']}; what is done stays done"
-                    raise RunError(f"{' '.join(finished['command'][1:3])} failed: {last} ({advice})")
+                    raise InputError(f"{' '.join(finished['command'][1:3])} failed: {last} ({advice})")
                 bar.update()
     finally:
         bar.close()
@@ -332,7 +332,7 @@ def print_tables(args) -> None:
     path, rounds = (f"{args.output_dir}/{name}.json" for name in ("study", "rounds"))
     if not (os.path.exists(path) or os.path.exists(rounds)):
         both = "neither study.json nor rounds.json; `make study` and `make rounds` make them"
-        raise RunError(f"{args.output_dir} holds {both}")
+        raise InputError(f"{args.output_dir} holds {both}")
     if os.path.exists(path):
         study = read_json(path)
         for mix, results in study["results"].items():
@@ -357,22 +357,22 @@ def print_tables(args) -> None:
 
 
 def claim(args, methods: dict = METHODS, name: str = "settings") -> None:
-    """Take the folder for this process, and mark it as one of runs with these settings. Raises RunError if
+    """Take the folder for this process, and mark it as one of runs with these settings. Raises InputError if
     another process works in it, or if its runs are others."""
     runs.lock(args.output_dir)
     path = f"{args.output_dir}/{name}.json"
     settings = {"steps": args.steps, "samples": args.samples, "methods": methods, "kept": KEPT}
     settings = json.loads(json.dumps(settings))
     if os.path.exists(path) and read_json(path) != settings:
-        raise RunError(
+        raise InputError(
             f"{args.output_dir} holds runs with other settings ({path}); take another --output-dir"
         )
     write_json(path, settings)
 
 
 def check_same_flags(folders: list[str]) -> None:
-    """Raise RunError if runs of one method, a seed each, differ in a number: their defaults have changed. (A
-    flag that some of them did not know yet was off in all.)"""
+    """Raise InputError if runs of one method, a seed each, differ in a number: their defaults have changed.
+    (A flag that some of them did not know yet was off in all.)"""
     first, *others = (
         {k: v for k, v in read_json(f"{f}/args.json").items() if isinstance(v, int | float) and k != "seed"}
         for f in folders
@@ -380,7 +380,7 @@ def check_same_flags(folders: list[str]) -> None:
     for other, flags in zip(folders[1:], others):
         if changed := sorted(k for k in flags.keys() & first.keys() if flags[k] != first[k]):
             problem = f"{other} and {folders[0]} were run with another --{changed[0].replace('_', '-')}"
-            raise RunError(f"{problem}; take another --output-dir")
+            raise InputError(f"{problem}; take another --output-dir")
 
 
 def main(args):

@@ -13,8 +13,8 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
 import toy_world  # noqa: E402
-from files import write_jsonl  # noqa: E402
-from models import load_score_model, save_score_model  # noqa: E402
+from plumbing.files import write_jsonl  # noqa: E402
+from plumbing.loading import load_score_model, save_score_model  # noqa: E402
 
 
 def write_models(folder: str, config) -> None:

@@ -116,7 +116,7 @@ def run_in(monkeypatch, capsys):
 
 def metrics(folder: Path, run: str) -> list[dict]:
     """The lines that the demo's run of this name has logged."""
-    from files import read_jsonl
+    from plumbing.files import read_jsonl
 
     return read_jsonl(str(folder / "runs/demo" / run / "metrics.jsonl"))
 

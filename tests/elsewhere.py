@@ -101,7 +101,7 @@ def to(module: nn.Module, where) -> nn.Module:
 
 def everything_there() -> None:
     """From now on this process computes there."""
-    import distributed
+    from plumbing import distributed
 
     distributed.device = lambda: DEVICE
     nn.Module.to = to

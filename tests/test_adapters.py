@@ -16,13 +16,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, BertConfig
 from transformers.pytorch_utils import Conv1D
 
-import adapters
-import models as models_room
 import repo_ppo
-import runs
-from adapters import WithoutAdapters, adapt
-from files import InputError, read_json, read_jsonl, write_json
-from models import load_causal_lm, load_score_model, save_score_model, token_log_probs
+from lm import token_log_probs
+from plumbing import adapters, cli, loading
+from plumbing.adapters import WithoutAdapters, adapt
+from plumbing.files import InputError, read_json, read_jsonl, write_json
+from plumbing.loading import load_causal_lm, load_score_model, save_score_model
 
 WEIGHTS = "adapter_model.safetensors"
 ARGS = argparse.Namespace(lora_rank=2, lora_alpha=4.0, lora_targets=None, quantize=None)
@@ -169,8 +168,8 @@ def test_six_models_are_three_and_a_critic_of_another_start_is_apart(folder, mon
     monkeypatch.chdir(folder)
     flags = [*RUNS["repo_ppo.py"].split(), *LORA, "--cost-critic", "start/llama/policy", "--dtype", "bf16"]
     read = []  # with a float32 copy first, a 7B base would need 27 GB of host memory
-    real = models_room.read
-    monkeypatch.setattr(models_room, "read", lambda *args: read.append(args[3]) or real(*args))
+    real = loading.read
+    monkeypatch.setattr(loading, "read", lambda *args: read.append(args[3]) or real(*args))
     models = repo_ppo.six_models(repo_ppo.parse_args([*flags, "--output-dir", "none"]))
     assert read == [torch.bfloat16] * 4  # policy, reward model and critic in one, cost model, cost critic
     policy, reference, reward_model, cost_model, reward_critic, cost_critic = models
@@ -456,7 +455,7 @@ def test_eight_bits_are_for_frozen_weights_of_one_gpu(flags, message):
     with pytest.raises(
         InputError, match=f"--quantize int8 is for the frozen weights below adapters; {message}"
     ):
-        runs.check_flags(args, 1)
+        cli.check_flags(args, 1)
 
 
 @pytest.mark.parametrize("tuned", ["qwen2"], indirect=True)

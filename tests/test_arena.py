@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from files import read_json, read_jsonl, write_jsonl
+from plumbing.files import read_json, read_jsonl, write_jsonl
 from tools import arena
 
 ARENA = "tools/arena.py"

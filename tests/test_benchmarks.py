@@ -11,8 +11,8 @@ import pytest
 from conftest import ENVIRONMENT, ROOT
 
 import repo_ppo
-import runs
 import toy_world
+from plumbing import runs
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import data
+import lm
 import toy_world
-from data import DataError
-from files import InputError
+from plumbing import data
+from plumbing.files import InputError
 
 GOOD = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1, "safer_response_id": 0}
 GOOD |= {"is_response_0_safe": True, "is_response_1_safe": False}
@@ -33,7 +33,7 @@ def write(path, rows):
 )
 def test_a_bad_row_is_named_or_skipped(tmp_path, change, reason, capsys):
     path = write(tmp_path / "pairs.jsonl", [GOOD, GOOD | change, GOOD])
-    with pytest.raises(DataError, match=f"pairs.jsonl row 2: .*{reason}.*--skip-bad-rows"):
+    with pytest.raises(InputError, match=f"pairs.jsonl row 2: .*{reason}.*--skip-bad-rows"):
         data.load_preferences(path, "better_response_id")
     assert len(data.load_preferences(path, "better_response_id", skip_bad_rows=True)) == 2
     assert f"skipped 1 of 3 rows of {path}; the first: {path} row 2: " in capsys.readouterr().err
@@ -60,7 +60,7 @@ def test_a_damaged_line_is_one_clear_line_and_can_be_skipped(tmp_path, line, mes
     path.write_bytes(
         b"\xef\xbb\xbf" + ROW + b"\r\n\n" + line + b"\n"
     )  # a mark and line ends as Windows writes
-    with pytest.raises(DataError, match=f"pairs.jsonl row 3: .*{message}.*--skip-bad-rows") as error:
+    with pytest.raises(InputError, match=f"pairs.jsonl row 3: .*{message}.*--skip-bad-rows") as error:
         data.load_preferences(str(path), "better_response_id")
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
     assert len(data.load_preferences(str(path), "better_response_id", skip_bad_rows=True)) == 1
@@ -100,7 +100,7 @@ def test_parts_of_a_data_set_are_not_read_as_one(tmp_path):
         write(tmp_path / name, [GOOD])
     assert len(data.load_preferences(str(tmp_path), "better_response_id")) == 2
     write(tmp_path / "Test.jsonl", [GOOD])
-    with pytest.raises(DataError, match="files of test and train would be read as one. Name a file, or a"):
+    with pytest.raises(InputError, match="files of test and train would be read as one. Name a file, or a"):
         data.load_preferences(str(tmp_path), "better_response_id")
 
 
@@ -114,7 +114,7 @@ def test_the_template_ends_without_a_space():
 
 
 def test_frame_puts_all_responses_in_the_same_columns():
-    sequences, mask, width = data.frame([([1, 2, 3, 9], 3), ([4, 8, 8, 9], 1)], 0)
+    sequences, mask, width = lm.frame([([1, 2, 3, 9], 3), ([4, 8, 8, 9], 1)], 0)
     assert width == 3
     assert sequences.tolist() == [[1, 2, 3, 9, 0, 0], [0, 0, 4, 8, 8, 9]]
     assert mask.tolist() == [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]
@@ -126,7 +126,7 @@ SKIP = SimpleNamespace(max_length=12, chat_template=False, skip_bad_rows=True)
 
 def test_encode_cuts_responses_and_long_prompts_are_refused(toy_tokenizer, capsys):
     pairs = [("open a lock", "oil springs . turn keys ."), ("open a lock " * 3, "oil springs .")]
-    with pytest.raises(DataError, match="x: a prompt of 14 tokens .* in --max-length 12: 'open a lock open"):
+    with pytest.raises(InputError, match="x: a prompt of 14 tokens .* in --max-length 12: 'open a lock open"):
         data.keep_fitting("x", pairs, toy_tokenizer, 11, ARGS)
     pairs = data.keep_fitting("x", pairs, toy_tokenizer, 11, SKIP)
     assert "skipped 1 of 2 rows of x" in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_encode_cuts_responses_and_long_prompts_are_refused(toy_tokenizer, capsy
     assert [(len(ids), length) for ids, length in rows] == [(12, 8)]
     ids, _ = data.encode(toy_tokenizer, pairs, 48)[0]
     assert ids[-1] == toy_tokenizer.eos_token_id
-    with pytest.raises(DataError, match="no prompt leaves room in --max-length 12 less --max-new-tokens 5"):
+    with pytest.raises(InputError, match="no prompt leaves room in --max-length 12 less --max-new-tokens 5"):
         data.keep_fitting("x", ["open a lock"], toy_tokenizer, 7, SKIP)
 
 
@@ -205,7 +205,7 @@ def test_a_micro_batch_is_as_wide_as_its_own_longest_row_and_rejoins_in_the_old_
     batch["values"], batch["reward"] = batch["sequences"][:, 5:] / 2, torch.arange(5.0)
     batch["reward_ids"] = torch.tensor([[9] * n + [0] * (6 - n) for n in (1, 2, 6, 3, 5)])
     batch["reward_attention_mask"] = (batch["reward_ids"] > 0).long()
-    pieces = data.micro_batches(batch, 2)
+    pieces = lm.micro_batches(batch, 2)
     assert [rows for rows, *_ in pieces] == [[3, 2], [1, 0], [4]]  # 10, 9, 5, 3 and 3 tokens
     shapes = [(width, part["mask"].shape[1], part["reward_ids"].shape[1]) for _, width, part in pieces]
     assert shapes == [(4, 7, 6), (4, 2, 2), (3, 1, 5)]
@@ -215,8 +215,8 @@ def test_a_micro_batch_is_as_wide_as_its_own_longest_row_and_rejoins_in_the_old_
         assert torch.equal(part["sequences"][:, width:], (part["values"] * 2).long())
     for name in ("values", "reward"):
         parts = [part[name] for *_, part in pieces]
-        assert torch.equal(data.rejoin(parts, pieces, batch["mask"]), batch[name])
-    ((rows, width, part),) = data.micro_batches(batch, 5)
+        assert torch.equal(lm.rejoin(parts, pieces, batch["mask"]), batch[name])
+    ((rows, width, part),) = lm.micro_batches(batch, 5)
     assert rows == [0, 1, 2, 3, 4] and width == 4 and part["mask"].shape == (5, 7)
 
 

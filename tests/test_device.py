@@ -7,12 +7,12 @@ import torch
 from conftest import Started, finish, metrics, timeless
 from elsewhere import DEVICE, There, everything_there
 
-from files import read_jsonl
+from plumbing.files import read_jsonl
 
 
 def in_a_fork(folder: Path, check) -> None:
     """Run `check` in a process that computes there."""
-    finish(Started(folder, "files.py", prepare=check))
+    finish(Started(folder, "plumbing/files.py", prepare=check))
 
 
 def refusals() -> None:

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import runs
+from plumbing import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
-PAGES = ("README.md", *DOCS, "benchmarks/RESULTS.md")
+PAGES = ("README.md", *DOCS, "offline/README.md", "benchmarks/RESULTS.md")
 CODE = [
-    path for folder in (".", "tools", "experiments", "benchmarks") for path in (ROOT / folder).glob("*.py")
+    path
+    for folder in (".", "plumbing", "offline", "tools", "experiments", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
 ]
 MADE_BY_A_PAGE = {"tail_ppo.py", "runs/mine/my_data.py", "runs/mine/my_tokenizer.py"}
 
@@ -108,8 +110,7 @@ def test_the_makefile_and_the_code_name_no_page_that_is_not_there():
 
 
 def test_the_readme_is_one_short_reading():
-    lines, words = text("README.md").splitlines(), text("README.md").split()
-    assert len(lines) <= 200 and len(words) <= 1400
+    assert len(text("README.md").splitlines()) < 200
 
 
 def without_docstring(script: str, name: str) -> list[str]:

@@ -8,8 +8,8 @@ import torch
 import repo_ppo
 import safe_rlhf_ppo as ppo
 from cost_model import cost_loss
+from plumbing.optim import learning_rate
 from reward_model import reward_loss
-from runs import learning_rate
 
 T = torch.tensor
 

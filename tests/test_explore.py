@@ -6,8 +6,8 @@ import re
 import browser
 import pytest
 
-import explore
 import plots
+from plumbing import explore
 
 HOSTILE = [
     "<img src=x onerror=document.title='ran'>",

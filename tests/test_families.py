@@ -11,11 +11,12 @@ from conftest import places
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-import distributed
-import models
+import lm
 import toy_world
-from files import read_json, read_jsonl
-from models import end_scores, generate, load_causal_lm, load_score_model, position_ids, response_mask
+from lm import end_scores, generate, position_ids, response_mask
+from plumbing import distributed, loading
+from plumbing.files import read_json, read_jsonl
+from plumbing.loading import load_causal_lm, load_score_model
 from recipes.rehearsal import write_data
 
 IDS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
@@ -120,10 +121,10 @@ def test_policies_agree_with_transformers(saved, tmp_path):
     sequences, log_probs = generate(ours, ids, mask, 10, eos_token_id=1, pad_token_id=0)
     real = response_mask(sequences[:, 5:], 1)
     whole = torch.cat([mask, real], 1)
-    fresh = models.token_log_probs(ours, sequences, whole, 5)
+    fresh = lm.token_log_probs(ours, sequences, whole, 5)
     assert (log_probs - fresh)[real.bool()].abs().max() < 1e-5
     # saved again
-    models.save_causal_lm(ours, ours.state_dict(), str(tmp_path))
+    loading.save_causal_lm(ours, ours.state_dict(), str(tmp_path))
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     inputs = {"input_ids": sequences, "attention_mask": whole, "position_ids": position_ids(whole)}
     assert torch.equal(again(**inputs).logits, theirs(**inputs).logits)
@@ -142,7 +143,7 @@ def test_score_models_do_not_depend_on_padding_and_survive_saving(saved, tmp_pat
     for parts, mask in (((zeros, ids), (zeros, ones)), ((ids, zeros), (ones, zeros))):
         padded, mask = torch.cat(parts, 1), torch.cat(mask, 1)
         torch.testing.assert_close(end_scores(model(padded, mask), mask), plain, atol=1e-5, rtol=1e-5)
-    models.save_score_model(model, model.state_dict(), str(tmp_path))
+    loading.save_score_model(model, model.state_dict(), str(tmp_path))
     assert torch.equal(load_score_model(str(tmp_path), "reward")(ids)[:, -1], plain)
     theirs = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
     hidden = model.backbone(input_ids=ids, attention_mask=ones).last_hidden_state
@@ -197,7 +198,7 @@ def sharded_rank(rank: int, world: list[dict], folders: list[str]) -> None:
         assert not [ref for ref in alive if ref() is not None]  # one model at a time
         alive.append(weakref.ref(policy))
         before = distributed.full_state_dict(policy)
-        log_probs = models.token_log_probs(policy, ids, mask, 4)
+        log_probs = lm.token_log_probs(policy, ids, mask, 4)
         log_probs.mean().backward()
         norm = distributed.clip_gradients(policy, 1e9)
         args.dtype = "bf16"
@@ -208,7 +209,7 @@ def sharded_rank(rank: int, world: list[dict], folders: list[str]) -> None:
         args.dtype = "fp32"
         results = {"ids": ids, "log_probs": log_probs.detach(), "norm": torch.tensor(norm), "scores": scores}
         if rank == 0:
-            models.save_causal_lm(policy, before, f"{folder}/again")
+            loading.save_causal_lm(policy, before, f"{folder}/again")
             save_file(results, f"{folder}/results")
         del policy, scorer, log_probs
     distributed.end_processes()
@@ -226,7 +227,7 @@ def test_sharded_is_unsharded(tmp_path):
     for folder in folders:
         results, policy = load_file(f"{folder}/results"), load_causal_lm(folder)
         ids = results["ids"]
-        log_probs = models.token_log_probs(policy, ids, torch.ones_like(ids), 4)
+        log_probs = lm.token_log_probs(policy, ids, torch.ones_like(ids), 4)
         log_probs.mean().backward()
         torch.testing.assert_close(results["log_probs"], log_probs.detach(), atol=1e-5, rtol=1e-5)
         norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])

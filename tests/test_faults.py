@@ -15,9 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ENVIRONMENT, ROOT
 
-import distributed
-import runs
-from files import InputError
+from plumbing import checkpoints, distributed, files, optim, runs
+from plumbing.files import InputError
 
 
 def test_bad_inputs_end_in_one_line_or_are_good():
@@ -49,7 +48,7 @@ runs.run(main, SimpleNamespace(fsdp=False, cudnn_attention=False))
 
 @pytest.mark.parametrize(
     "error, said",
-    [("runs.RunError('row 7 is bad')", "error: row 7 is bad"), ("KeyError('bug')", "KeyError: 'bug'")],
+    [("runs.InputError('row 7 is bad')", "error: row 7 is bad"), ("KeyError('bug')", "KeyError: 'bug'")],
 )
 def test_a_rank_that_fails_ends_the_run_with_its_own_message(tmp_path, error, said):
     script = tmp_path / "failing.py"
@@ -79,12 +78,12 @@ def run_of_two_steps(tmp_path):
     """args, trained, and the path of a checkpoint of them."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
-    optimizer = runs.adamw(model, 0.1, 0.01)
+    optimizer = optim.adamw(model, 0.1, 0.01)
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     args = SimpleNamespace(output_dir=str(tmp_path), keep=2, save_every=0, resume=True, resume_anyway=False)
     trained = {"model": (model, optimizer)}
-    runs.save_checkpoint(args, 2, trained, {"log_lambda": -0.5})
+    checkpoints.save_checkpoint(args, 2, trained, {"log_lambda": -0.5})
     return args, trained, tmp_path / "checkpoints/step-2"
 
 
@@ -93,7 +92,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(run_of_two_steps, capsys):
     before = {name: tensor.clone() for name, tensor in trained["model"][0].state_dict().items()}
     with torch.no_grad():
         trained["model"][0].weight.zero_()
-    assert runs.load_checkpoint(args, trained, {"log_lambda": 0.0}) == {"step": 2, "log_lambda": -0.5}
+    assert checkpoints.load_checkpoint(args, trained, {"log_lambda": 0.0}) == {"step": 2, "log_lambda": -0.5}
     assert all(torch.equal(before[name], tensor) for name, tensor in trained["model"][0].state_dict().items())
     assert f"resumed from step 2 of {args.output_dir}" in capsys.readouterr().err
 
@@ -102,8 +101,8 @@ def test_a_resumed_optimizer_has_its_moments_and_todays_flags(run_of_two_steps):
     args, trained, _ = run_of_two_steps
     model, before = trained["model"]
     model.zero_grad()  # a fresh process has no gradients
-    args.resume, args.resume_anyway, now = False, True, runs.adamw(model, 0.2, 0.5)
-    runs.load_checkpoint(args, {"model": (model, now)}, {"log_lambda": 0.0})
+    args.resume, args.resume_anyway, now = False, True, optim.adamw(model, 0.2, 0.5)
+    checkpoints.load_checkpoint(args, {"model": (model, now)}, {"log_lambda": 0.0})
     assert [(group["lr"], group["weight_decay"]) for group in now.param_groups] == [(0.2, 0.5), (0.2, 0.0)]
     for name in ("step", "exp_avg", "exp_avg_sq"):
         assert torch.equal(now.state[model.weight][name], before.state[model.weight][name])
@@ -112,8 +111,10 @@ def test_a_resumed_optimizer_has_its_moments_and_todays_flags(run_of_two_steps):
 def test_rank_0_decides_what_is_resumed(run_of_two_steps, monkeypatch):
     args, trained, _ = run_of_two_steps
     monkeypatch.setattr(distributed, "gather_objects", lambda steps: [[2, 4]])  # what rank 0 sees elsewhere
-    with pytest.raises(runs.RunError, match="step-4: rank 0 does not see it. Several machines need a shared"):
-        runs.load_checkpoint(args, trained, {"log_lambda": 0.0})
+    with pytest.raises(
+        files.InputError, match="step-4: rank 0 does not see it. Several machines need a shared"
+    ):
+        checkpoints.load_checkpoint(args, trained, {"log_lambda": 0.0})
 
 
 class Evil:
@@ -130,18 +131,18 @@ def test_a_crafted_index_of_a_checkpoint_does_not_run(run_of_two_steps, tmp_path
     args, trained, checkpoint = run_of_two_steps
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     with pytest.raises(InputError, match=r"\.metadata: names .*, and loading it could run code"):
-        runs.load_checkpoint(args, trained, {"log_lambda": 0.0})
+        checkpoints.load_checkpoint(args, trained, {"log_lambda": 0.0})
     assert not (tmp_path / "ran").exists()
 
 
 def test_crafted_contents_of_a_checkpoint_do_not_run(run_of_two_steps, tmp_path):
     """What is no tensor, such as a learning rate, stands pickled beside the tensors."""
     args, trained, checkpoint = run_of_two_steps
-    state = runs._trained_state(trained)
+    state = checkpoints._trained_state(trained)
     state["model_optimizer"]["param_groups"][0]["lr"] = Evil(tmp_path / "ran")
     dcp.save(state, checkpoint_id=checkpoint, no_dist=True)
     with pytest.raises(InputError, match="step-2 cannot be resumed"):
-        runs.load_checkpoint(args, trained, {"log_lambda": 0.0})
+        checkpoints.load_checkpoint(args, trained, {"log_lambda": 0.0})
     assert not (tmp_path / "ran").exists()
 
 
@@ -150,7 +151,7 @@ def test_what_does_not_belong_to_a_checkpoint_is_said(run_of_two_steps, content)
     args, trained, checkpoint = run_of_two_steps
     (checkpoint / "extra.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="extra.json: holds not step, log_lambda"):
-        runs.load_checkpoint(args, trained, {"log_lambda": 0.0})
+        checkpoints.load_checkpoint(args, trained, {"log_lambda": 0.0})
 
 
 # ------------------------------------------------------------------------------ requests to stop, a full disk
@@ -162,12 +163,12 @@ def test_a_request_that_comes_after_the_ranks_have_agreed_waits_for_the_next_ste
     args, trained, _ = run_of_two_steps
     monkeypatch.setattr(runs, "_stop", {"requested": False, "agreed": False})
     args.save_every = 1
-    assert runs.checkpoint_due(args, 2)
-    runs._stop["requested"] = True  # now, on this rank alone: the others would save and go on
-    runs.save_checkpoint(args, 3, trained, {})
-    assert runs.checkpoint_due(args, 3)
-    with pytest.raises(runs.Stopped):
-        runs.save_checkpoint(args, 4, trained, {})
+    assert checkpoints.checkpoint_due(args, 2)
+    checkpoints._stop["requested"] = True  # now, on this rank alone: the others would save and go on
+    checkpoints.save_checkpoint(args, 3, trained, {})
+    assert checkpoints.checkpoint_due(args, 3)
+    with pytest.raises(checkpoints.Stopped):
+        checkpoints.save_checkpoint(args, 4, trained, {})
 
 
 def test_no_agreement_forgets_a_request(monkeypatch):
@@ -181,8 +182,8 @@ def test_no_agreement_forgets_a_request(monkeypatch):
     monkeypatch.setattr(runs, "_stop", stop)
     monkeypatch.setattr(distributed, "any_rank", arrives_meanwhile)
     args = SimpleNamespace(save_every=0)
-    assert not runs.checkpoint_due(args, 0)
-    assert runs.checkpoint_due(args, 1)
+    assert not checkpoints.checkpoint_due(args, 0)
+    assert checkpoints.checkpoint_due(args, 1)
 
 
 def test_a_disk_that_is_full_at_the_end_leaves_no_half_model(tmp_path, run_in):

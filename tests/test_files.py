@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-import files
-from files import InputError
+from plumbing import files
+from plumbing.files import InputError
 
 
 def tree(folder) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pyarrow import Table, parquet
 from safetensors.torch import load_file
 
 import toy_world
-from files import read_jsonl, write_jsonl
+from plumbing.files import read_jsonl, write_jsonl
 from recipes.rehearsal import write_data, write_models
 
 FEW = "--model toy/policy --dataset toy/pairs@v0 --steps 1 --batch-size 8".split()

@@ -22,24 +22,15 @@ from transformers import (
     Qwen2Config,
 )
 
-import data
-import distributed
 import evaluate
-import models
+import lm
 import repo_ppo
-import runs
 import safe_rlhf_ppo
 import toy_world
-from files import InputError
-from models import (
-    ModelError,
-    generate,
-    load_causal_lm,
-    load_score_model,
-    load_tokenizer,
-    response_mask,
-    token_log_probs,
-)
+from lm import generate, response_mask, token_log_probs
+from plumbing import data, distributed, loading, runs
+from plumbing.files import InputError
+from plumbing.loading import load_causal_lm, load_score_model, load_tokenizer
 
 REFERENCE = Path(__file__).parent / "reference_cases"
 V = 32
@@ -105,7 +96,7 @@ def test_top_p_log_probs_are_those_of_the_truncated_distribution(policy, prompts
     ids, prompt_mask = prompts
     torch.manual_seed(3)
     sequences, log_probs = generate(policy, ids, prompt_mask, 1, 1.3, 0.6)
-    positions = models.position_ids(prompt_mask)
+    positions = lm.position_ids(prompt_mask)
     with torch.no_grad():
         logits = policy(ids, attention_mask=prompt_mask, position_ids=positions).logits[:, -1]
     for row, token in enumerate(sequences[:, 5]):
@@ -124,7 +115,7 @@ def test_samples_follow_the_distribution(policy, top_p):
     with torch.no_grad():
         expected = torch.softmax(policy(ids).logits[0, -1].double(), -1)
     if top_p < 1:
-        expected = models.truncate_top_p(expected[None], top_p)[0]
+        expected = lm.truncate_top_p(expected[None], top_p)[0]
     sequences, _ = generate(policy, ids.expand(n, 3), torch.ones(n, 3).long(), 1, 1.0, top_p)
     counts = torch.bincount(sequences[:, 3], minlength=V).double()
     assert counts[expected == 0].sum() == 0
@@ -141,12 +132,12 @@ def test_a_cache_written_in_place_changes_no_bit(policy, prompts, monkeypatch):
     rooms = []
     hook = policy.register_forward_hook(lambda *args: rooms.append(args[-1].past_key_values.layers[-1]))
     in_place = generate(policy, ids, mask, 12, uniforms=uniforms)
-    assert type(rooms[-1]) is models.PreallocatedLayer and rooms[-1].get_seq_length() == 5 + 11
+    assert type(rooms[-1]) is lm.PreallocatedLayer and rooms[-1].get_seq_length() == 5 + 11
     assert rooms[-1].keys.untyped_storage().data_ptr() == rooms[1].keys.untyped_storage().data_ptr()
-    monkeypatch.setattr(models, "DynamicLayer", None)  # then every layer stays as transformers has made it
+    monkeypatch.setattr(lm, "DynamicLayer", None)  # then every layer stays as transformers has made it
     grown = generate(policy, ids, mask, 12, uniforms=uniforms)
     hook.remove()
-    assert type(rooms[-1]) is not models.PreallocatedLayer
+    assert type(rooms[-1]) is not lm.PreallocatedLayer
     assert all(torch.equal(a, b) for a, b in zip(in_place, grown, strict=True))
 
 
@@ -187,7 +178,7 @@ def test_pieces_change_neither_values_nor_gradients(policy, monkeypatch):
     weight = next(policy.parameters())
     whole = token_log_probs(policy, sequences, mask, 4)
     grad = torch.autograd.grad(whole.sum(), weight)[0]
-    monkeypatch.setattr(models, "PIECE", 2 * 5 * V)  # two rows at a time
+    monkeypatch.setattr(lm, "PIECE", 2 * 5 * V)  # two rows at a time
     pieces = token_log_probs(policy, sequences, mask, 4)
     torch.testing.assert_close(pieces, whole)
     torch.testing.assert_close(torch.autograd.grad(pieces.sum(), weight)[0], grad)
@@ -278,7 +269,7 @@ def test_a_tiny_model_gets_one_thread_and_a_larger_one_all_of_them(monkeypatch):
 @pytest.mark.parametrize("name", ["beaver_tiny_gpt2", "beaver_tiny_llama"])
 def test_beaver_layout_round_trips_bit_for_bit(name, tmp_path):
     model = load_score_model(str(REFERENCE / name), "reward")
-    models.save_score_model(model, model.state_dict(), str(tmp_path))
+    loading.save_score_model(model, model.state_dict(), str(tmp_path))
     before, after = (load_file(folder / "model.safetensors") for folder in (REFERENCE / name, tmp_path))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
@@ -322,7 +313,7 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path):
             return (marker.touch, ())
 
     torch.save({"x": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="holds more than tensors, and loading it could run code"):
+    with pytest.raises(InputError, match="holds more than tensors, and loading it could run code"):
         load_score_model(str(tmp_path), "reward")
     assert not marker.exists()
 
@@ -384,7 +375,7 @@ def test_a_critic_may_start_from_a_cost_model_and_is_never_normalized(tmp_path):
 
 def test_a_language_model_gets_a_head_only_in_training(tmp_path):
     AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="no score head, so its scores would be random"):
+    with pytest.raises(InputError, match="no score head, so its scores would be random"):
         load_score_model(str(tmp_path), "reward")
     assert load_score_model(str(tmp_path), "reward", new_head=True)(torch.ones(1, 3).long()).isfinite().all()
 
@@ -404,12 +395,12 @@ def test_code_in_a_tokenizers_folder_is_not_run(tmp_path, toy_tokenizer, monkeyp
 
 
 def test_missing_models_are_one_clear_error(tmp_path):
-    for load in (load_causal_lm, models.load_tokenizer, lambda path: load_score_model(path, "reward")):
-        with pytest.raises(ModelError, match="no such model folder"):
+    for load in (load_causal_lm, loading.load_tokenizer, lambda path: load_score_model(path, "reward")):
+        with pytest.raises(InputError, match="no such model folder"):
             load(str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="cannot be read.*config.json"):
         load_causal_lm(str(tmp_path))
-    with pytest.raises(ModelError, match="a score model, not a language model"):
+    with pytest.raises(InputError, match="a score model, not a language model"):
         load_causal_lm(str(REFERENCE / "beaver_tiny_llama"))
 
 
@@ -425,7 +416,7 @@ def test_weights_that_are_missing_or_of_another_shape_are_refused(tmp_path):
     for tensors in broken.values():
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
         for load in (load_causal_lm, lambda path: load_score_model(path, "reward", new_head=True)):
-            with pytest.raises(ModelError, match="weights do not fit the config.*up_proj"):
+            with pytest.raises(InputError, match="weights do not fit the config.*up_proj"):
                 load(str(tmp_path))
     save_file(state | legacy, tmp_path / "model.safetensors", metadata={"format": "pt"})
     load_score_model(str(tmp_path), "reward", new_head=True)
@@ -460,12 +451,12 @@ def test_a_context_has_several_names():
         (CONFIGS["llama"], 64),
         (BloomConfig(), None),
     ):
-        models.check_context(config, length or 10**6, "here")
+        loading.check_context(config, length or 10**6, "here")
         if length:
             with pytest.raises(
-                ModelError, match=f"--max-length {length + 1} exceeds the context of here, {length}"
+                InputError, match=f"--max-length {length + 1} exceeds the context of here, {length}"
             ):
-                models.check_context(config, length + 1, "here")
+                loading.check_context(config, length + 1, "here")
 
 
 def test_cudnn_attention_is_off_unless_asked_for():
@@ -477,22 +468,22 @@ def test_cudnn_attention_is_off_unless_asked_for():
 def test_models_without_a_key_value_cache_are_refused(tmp_path):
     config = MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, **SMALL)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="mamba has no key-value cache"):
+    with pytest.raises(InputError, match="mamba has no key-value cache"):
         load_causal_lm(str(tmp_path))
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, toy_tokenizer):
     words = len(toy_tokenizer)
     toy_tokenizer.save_pretrained(tmp_path)
-    models.load_tokenizer(str(tmp_path))
+    loading.load_tokenizer(str(tmp_path))
     for size in (words, words - 1):
         LlamaConfig(**LLAMA, **SMALL | {"vocab_size": size}).save_pretrained(tmp_path)
         if size == words:
-            models.load_tokenizer(str(tmp_path))
+            loading.load_tokenizer(str(tmp_path))
     with pytest.raises(
-        ModelError, match=f"has an id {words - 1}, and the model's embedding {words - 1} rows"
+        InputError, match=f"has an id {words - 1}, and the model's embedding {words - 1} rows"
     ):
-        models.load_tokenizer(str(tmp_path))
+        loading.load_tokenizer(str(tmp_path))
 
 
 def test_a_token_for_images_may_be_without_a_row_until_a_text_holds_it(tmp_path):
@@ -501,7 +492,7 @@ def test_a_token_for_images_may_be_without_a_row_until_a_text_holds_it(tmp_path)
     LlamaConfig(**LLAMA, **SMALL | {"vocab_size": len(tokenizer)}).save_pretrained(tmp_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(tmp_path)
-    tokenizer = models.load_tokenizer(str(tmp_path))
+    tokenizer = loading.load_tokenizer(str(tmp_path))
     data.encode_texts(tokenizer, [("open a lock", "turn")])
     with pytest.raises(InputError, match="a text holds '<image>', id 216, and the model's embedding has 216"):
         data.encode_texts(tokenizer, [("open a lock", "turn <image>")])

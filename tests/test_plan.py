@@ -8,8 +8,9 @@ import torch
 from conftest import ROOT
 from transformers import AutoModel, Gemma3Config, GPT2Config, LlamaConfig, Qwen2Config
 
-from files import InputError
-from models import DROPOUTS, position_ids
+from lm import position_ids
+from plumbing.files import InputError
+from plumbing.loading import DROPOUTS
 from tools import plan
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -13,7 +13,7 @@ from conftest import ENVIRONMENT, ROOT, Started, finish, places, timeless
 from safetensors.torch import load_file
 
 import toy_world
-from files import read_jsonl
+from plumbing.files import read_jsonl
 from recipes.rehearsal import write_data, write_models
 
 MODEL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ENVIRONMENT, ROOT, finish
 
-from files import read_json, read_jsonl
+from plumbing.files import read_json, read_jsonl
 
 MADE = {
     "score_models_7b.sh": ("alpaca_7b", "reward_7b", "cost_7b"),

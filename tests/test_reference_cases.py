@@ -17,7 +17,8 @@ import cost_model
 import repo_ppo
 import reward_model
 import safe_rlhf_ppo as ppo
-from models import ScoreModel, end_scores, load_score_model
+from lm import ScoreModel, end_scores
+from plumbing.loading import load_score_model
 
 FOLDER = Path(__file__).parent / "reference_cases"
 T = torch.tensor

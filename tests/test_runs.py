@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import ENVIRONMENT, ROOT
 
-import runs
-from runs import Demo, RunError
+from plumbing import checkpoints, cli, runs
+from plumbing.cli import Demo
+from plumbing.files import InputError
 
 TRAINING = ("sft", "reward_model", "cost_model", "safe_rlhf_ppo", "repo_ppo")
 STARTED = (
@@ -91,27 +92,27 @@ def test_named_folders(capsys):
         with pytest.raises(SystemExit):
             args([*own, "--policies", wrong])
         assert f"must be NAME=FOLDER, got {wrong!r}" in capsys.readouterr().err
-    with pytest.raises(RunError, match="--policies needs distinct names, got a b a"):
-        runs.by_name("--policies", [("a", "x"), ("b", "y"), ("a", "z")])
+    with pytest.raises(InputError, match="--policies needs distinct names, got a b a"):
+        cli.by_name("--policies", [("a", "x"), ("b", "y"), ("a", "z")])
 
 
 # ------------------------------------------------------------------------------ the demo's defaults
 
 
 def demo_parser() -> argparse.ArgumentParser:
-    parser = runs.parser("about")
+    parser = cli.parser("about")
     for name in ("model", "dataset", "reward-model", "ptx-dataset"):
         parser.add_argument(f"--{name}", default=Demo(f"runs/demo/{name}"))
-    parser.add_argument("--output-dir", type=runs.path_name, default=Demo("runs/demo/out"))
-    parser.add_argument("--runs", nargs="+", type=runs.named, default=[("a", Demo("runs/demo/a"))])
+    parser.add_argument("--output-dir", type=cli.path_name, default=Demo("runs/demo/out"))
+    parser.add_argument("--runs", nargs="+", type=cli.named, default=[("a", Demo("runs/demo/a"))])
     return parser
 
 
 def test_without_models_or_data_of_ones_own_everything_is_the_demos():
-    args = runs.parse(demo_parser(), [])
+    args = cli.parse(demo_parser(), [])
     assert args.model == "runs/demo/model" and args.output_dir == "runs/demo/out"
-    assert runs.of_demo(args.model) and runs.of_demo(args.runs)
-    args = runs.parse(demo_parser(), ["--reward-model", "mine", "--output-dir", "here"])
+    assert cli.of_demo(args.model) and cli.of_demo(args.runs)
+    args = cli.parse(demo_parser(), ["--reward-model", "mine", "--output-dir", "here"])
     assert (args.model, args.reward_model, args.output_dir) == ("runs/demo/model", "mine", "here")
 
 
@@ -124,11 +125,11 @@ def test_whoever_gives_models_or_data_gives_all_of_them(capsys):
         (["--model", "m", "--dataset", "d", *rest], "--ptx-dataset"),
     ):
         with pytest.raises(SystemExit) as exit:
-            runs.parse(demo_parser(), given)
+            cli.parse(demo_parser(), given)
         last = capsys.readouterr().err.splitlines()[-1]
         assert exit.value.code == 2 and f"{given[0]} is given, so {missing}" in last
         assert last.endswith("must be too: nothing of the demo is taken")
-    args = runs.parse(demo_parser(), ["--model", "m", "--dataset", "d", *rest, "--ptx-dataset", ""])
+    args = cli.parse(demo_parser(), ["--model", "m", "--dataset", "d", *rest, "--ptx-dataset", ""])
     assert args.ptx_dataset == "" and args.runs == [("a", "x")]
 
 
@@ -136,7 +137,7 @@ def test_whoever_gives_models_or_data_gives_all_of_them(capsys):
 def test_no_script_takes_a_path_of_the_demo_beside_ones_own(script):
     args = vars(importlib.import_module(script).parse_args([]))
     paths = [name for name, value in args.items() if isinstance(value, str) and "runs/demo" in value]
-    assert paths and all(runs.of_demo(args[name]) for name in paths)
+    assert paths and all(cli.of_demo(args[name]) for name in paths)
 
 
 # ------------------------------------------------------------------------------ whose folder it is
@@ -159,7 +160,7 @@ def used(tmp_path):
 def test_a_new_folder_is_made_and_a_used_one_is_not_taken_by_chance(tmp_path, used):
     runs.claim_folder(arguments(tmp_path / "some/where"))
     assert (tmp_path / "some/where").is_dir()
-    with pytest.raises(RunError, match="holds a run: --resume it, lose it by --overwrite, or give another"):
+    with pytest.raises(InputError, match="holds a run: --resume it, lose it by --overwrite, or give another"):
         runs.claim_folder(arguments(used))
     runs.claim_folder(arguments(used, overwrite=True))
     assert (used / "args.json").exists() and (used / "checkpoints/step-3").exists()  # nothing is lost yet
@@ -169,33 +170,33 @@ def test_a_resumed_run_has_the_flags_that_it_had(used):
     runs.claim_folder(arguments(used, resume=True))
     # where, on what and for how long it runs, it may do otherwise
     runs.claim_folder(arguments(used, resume=True, fsdp=True, micro_batch_size=2, save_every=7, steps=9))
-    with pytest.raises(RunError) as error:
+    with pytest.raises(InputError) as error:
         runs.claim_folder(arguments(used, resume=True, lr=0.2, model="other"))
     assert "was another run: --lr 0.1 -> 0.2, --model m -> other. Give its flags, or" in str(error.value)
     runs.claim_folder(arguments(used, resume_anyway=True, lr=0.2, model="other"))
     # flags of a later version: as they are when they are not given, and given
     runs.claim_folder(arguments(used, resume=True, ensemble=None, rate=0.1, quick=False))
     for flag, off, value in (("ensemble", None, "folder"), ("quick", False, True)):
-        with pytest.raises(RunError, match=f"was another run: --{flag} {off} -> {value}"):
+        with pytest.raises(InputError, match=f"was another run: --{flag} {off} -> {value}"):
             runs.claim_folder(arguments(used, resume=True, **{flag: value}))
     # a price of 0 is not no price
     (used / "args.json").write_text(json.dumps(vars(arguments(used, reward_shaping=None))))
-    with pytest.raises(RunError, match="--reward-shaping None -> 0.0"):
+    with pytest.raises(InputError, match="--reward-shaping None -> 0.0"):
         runs.claim_folder(arguments(used, resume=True, reward_shaping=0.0))
-    with pytest.raises(RunError, match="has done 3 steps, and --steps 2 asks for fewer"):
+    with pytest.raises(InputError, match="has done 3 steps, and --steps 2 asks for fewer"):
         runs.claim_folder(arguments(used, resume=True, steps=2))
 
 
 def test_nothing_is_lost_by_resuming_or_by_reading_what_is_replaced(used):
-    with pytest.raises(RunError, match="--overwrite starts afresh and --resume goes on: give one of them"):
+    with pytest.raises(InputError, match="--overwrite starts afresh and --resume goes on: give one of them"):
         runs.claim_folder(arguments(used, resume=True, overwrite=True))
     (used / "model").mkdir()
     for flags in ({"model": f"{used}/../{used.name}/model"}, {"adapter": f"{used}/adapter"}):
-        with pytest.raises(RunError, match=f"--{[*flags][0]} .* is what this run replaces"):
+        with pytest.raises(InputError, match=f"--{[*flags][0]} .* is what this run replaces"):
             runs.claim_folder(arguments(used, overwrite=True, **flags))
     runs.claim_folder(arguments(used, resume=True))  # there is a checkpoint
     (used / "checkpoints/step-3").rmdir()
-    with pytest.raises(RunError, match="holds a finished run without a checkpoint .--save-every., from"):
+    with pytest.raises(InputError, match="holds a finished run without a checkpoint .--save-every., from"):
         runs.claim_folder(arguments(used, resume=True))
     (used / "model").rmdir()
     runs.claim_folder(arguments(used, resume=True))  # stopped before its first checkpoint: from the start
@@ -204,18 +205,18 @@ def test_nothing_is_lost_by_resuming_or_by_reading_what_is_replaced(used):
 def test_a_model_is_fed_texts_of_the_form_it_was_trained_on(tmp_path):
     model = str(tmp_path / "model/")
     for trained, run, words in ((True, False, ("with", "without")), (False, True, ("without", "with"))):
-        runs.check_template(SimpleNamespace(chat_template=run), model)  # nobody knows how it was trained
+        cli.check_template(SimpleNamespace(chat_template=run), model)  # nobody knows how it was trained
         (tmp_path / "args.json").write_text(json.dumps({"chat_template": trained}))
-        runs.check_template(SimpleNamespace(chat_template=trained), model)
+        cli.check_template(SimpleNamespace(chat_template=trained), model)
         told = "was trained {} --chat-template, and this run is {} it".format(*words)
-        with pytest.raises(RunError, match=told):
-            runs.check_template(SimpleNamespace(chat_template=run), model)
+        with pytest.raises(InputError, match=told):
+            cli.check_template(SimpleNamespace(chat_template=run), model)
         (tmp_path / "args.json").unlink()
 
 
 def test_flags_that_cannot_be_read_are_said(used):
     (used / "args.json").write_text("[]")
-    with pytest.raises(RunError, match="args.json: holds no flags"):
+    with pytest.raises(InputError, match="args.json: holds no flags"):
         runs.claim_folder(arguments(used, resume=True))
     (used / "args.json").write_text("{")
     with pytest.raises(runs.InputError, match="args.json: cannot be read"):
@@ -236,7 +237,7 @@ def test_two_live_processes_do_not_write_into_one_folder(tmp_path):
     )
     assert holder.stdout.readline() == "claimed\n"
     for flags in ({}, {"overwrite": True}, {"resume": True}):
-        with pytest.raises(RunError, match=f"process {holder.pid} writes there. End it first"):
+        with pytest.raises(InputError, match=f"process {holder.pid} writes there. End it first"):
             runs.claim_folder(arguments(tmp_path, **flags))
     holder.kill()
     holder.communicate()
@@ -273,7 +274,7 @@ def test_tensorboard_gets_every_metric_and_a_resumed_run_replaces_its_steps(tmp_
 
 def test_tensorboard_without_its_package_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "find_spec", lambda name: None)
-    with pytest.raises(RunError, match="--tensorboard needs its package: pip install tensorboard"):
+    with pytest.raises(InputError, match="--tensorboard needs its package: pip install tensorboard"):
         runs.claim_folder(arguments(tmp_path / "new", tensorboard=True))
     assert not (tmp_path / "new").exists()
 
@@ -294,12 +295,12 @@ def test_bad_input_is_one_line_and_a_bug_keeps_its_traceback(capsys, monkeypatch
         raise error
 
     args = argparse.Namespace()
-    assert ended(lambda _: fail(RunError("no such thing")), args, capsys) == (
+    assert ended(lambda _: fail(InputError("no such thing")), args, capsys) == (
         2,
         "x.py: error: no such thing\n",
     )
     assert ended(lambda _: fail(KeyboardInterrupt()), args, capsys)[0] == 130
-    code, text = ended(lambda _: fail(runs.Stopped(7)), args, capsys)
+    code, text = ended(lambda _: fail(checkpoints.Stopped(7)), args, capsys)
     assert code == 143 and text.startswith("stopped after step 7; the same command with --resume")
     with pytest.raises(ZeroDivisionError):
         runs.run(lambda _: 1 / 0, args)
@@ -307,7 +308,7 @@ def test_bad_input_is_one_line_and_a_bug_keeps_its_traceback(capsys, monkeypatch
 
 def test_flags_that_cannot_go_together():
     def check(ranks: int = 1, **flags) -> None:
-        runs.check_flags(argparse.Namespace(**{"fsdp": False} | flags), ranks)
+        cli.check_flags(argparse.Namespace(**{"fsdp": False} | flags), ranks)
 
     for flags, message in (
         ({"cpu_offload": True}, "--cpu-offload works on shards: add --fsdp"),
@@ -321,19 +322,19 @@ def test_flags_that_cannot_go_together():
         ({"minibatch_size": 6, "batch_size": 8}, "--minibatch-size 6 does not divide --batch-size 8"),
         ({"ranks": 3, "batch_size": 8}, "--batch-size 8 cannot be dealt evenly to 3 processes"),
     ):
-        with pytest.raises(RunError, match=message):
+        with pytest.raises(InputError, match=message):
             check(**flags)
     check(fsdp=True, offload_frozen=True, lora_rank=4, second_cost_model="folder")
     check(ranks=2, batch_size=8, minibatch_size=4, max_new_tokens=7, max_length=8)
     args = argparse.Namespace(fsdp=False, batch_size=8, minibatch_size=32)
-    runs.check_flags(args, 1)
+    cli.check_flags(args, 1)
     assert args.minibatch_size == 8  # a small rollout is one minibatch
 
 
 def test_epochs_become_steps(capsys):
     args = argparse.Namespace(epochs=1.5, batch_size=128, steps=7)
-    runs.set_steps(args, 1000)
+    cli.set_steps(args, 1000)
     assert args.steps == 12 and "1.5 epochs of 1,000 rows are 12 steps" in capsys.readouterr().err
     args = argparse.Namespace(epochs=0, batch_size=128, steps=7)
-    runs.set_steps(args, 1000)
+    cli.set_steps(args, 1000)
     assert args.steps == 7

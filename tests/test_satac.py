@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import point_mass
 import repo_ppo
 import safe_rlhf_ppo
-import satac
-from experiments import ball_circle, satac_study, satac_tabular
-from files import InputError, read_json, read_jsonl
+from offline import ball_circle, point_mass, satac
+from offline import study as satac_study
+from offline import tabular as satac_tabular
+from plumbing.files import InputError, read_json, read_jsonl
 
 
 def row(*values) -> torch.Tensor:
@@ -276,7 +276,7 @@ def metrics(folder, run: str) -> list[dict]:
 )
 def test_every_method_runs_to_the_end(folder, run_in, flags):
     run = "run" + "_".join(flags).replace("-", "")
-    assert run_in(folder, "satac.py", "--steps", "3", "--output-dir", run, *FEW, *flags)[0] == 0
+    assert run_in(folder, "offline/satac.py", "--steps", "3", "--output-dir", run, *FEW, *flags)[0] == 0
     rows = metrics(folder, run)
     assert [r["step"] for r in rows] == [0, 1, 2]
     assert all(math.isfinite(v) for r in rows for v in r.values())
@@ -301,7 +301,7 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(folder, run_in, warm):
         for part in parts:
             flags = ("--output-dir", run, "--save-every", "2", "--lambda-lr", "5", *FEW, "--warm-steps", warm)
             code, line = run_in(
-                folder, "satac.py", *flags, *part, *(["--overwrite"] * ("--resume" not in part))
+                folder, "offline/satac.py", *flags, *part, *(["--overwrite"] * ("--resume" not in part))
             )
             assert code == 0, line
     assert metrics(folder, "whole") == metrics(folder, "broken")
@@ -325,7 +325,7 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(folder, run_in, warm):
 def test_bad_input_is_one_line(folder, run_in, flags, message):
     wide = small_data(observations=torch.randn(500, 7), next_observations=torch.randn(500, 7))
     save_file(wide, folder / "wide.safetensors")
-    code, line = run_in(folder, "satac.py", "--steps", "1", *FEW, *flags)
+    code, line = run_in(folder, "offline/satac.py", "--steps", "1", *FEW, *flags)
     assert code == 2 and message in line, line
     assert not (folder / "x/model").exists() and not (folder / "runs/satac/satac/metrics.jsonl").exists()
 
@@ -334,7 +334,7 @@ def test_own_data_need_no_world(folder, run_in):
     wide = small_data(observations=torch.randn(500, 7), next_observations=torch.randn(500, 7))
     save_file(wide, folder / "own.safetensors")
     flags = (*FEW, "--dataset", "own.safetensors", "--output-dir", "own", "--steps", "2", "--episodes", "0")
-    assert run_in(folder, "satac.py", *flags)[0] == 0
+    assert run_in(folder, "offline/satac.py", *flags)[0] == 0
     assert "return" not in metrics(folder, "own")[-1]
 
 

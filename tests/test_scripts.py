@@ -13,8 +13,8 @@ import torch
 from conftest import Started, finish, metrics, timeless
 from safetensors.torch import load_file, save_file
 
-import runs
-from files import read_json, read_jsonl
+from plumbing import cli
+from plumbing.files import read_json, read_jsonl
 
 SMALL = ("--batch-size", "8", "--minibatch-size", "8")
 
@@ -253,7 +253,7 @@ def own(script: str, **changes) -> tuple[str, ...]:
     """The demo's models and data as if they were one's own, some of them changed. Who gives one gives all."""
     args = vars(importlib.import_module(script.removesuffix(".py")).parse_args([]))
     words = []
-    for name, value in ({k: v for k, v in args.items() if runs.of_demo(v)} | changes).items():
+    for name, value in ({k: v for k, v in args.items() if cli.of_demo(v)} | changes).items():
         several = ["=".join(pair) for pair in value] if isinstance(value, list) else [value]
         words += [f"--{name.replace('_', '-')}", *several]
     return tuple(words)
@@ -366,12 +366,12 @@ def finer(demo) -> Path:
     from test_tokenizers import byte_level
     from transformers import AutoModelForCausalLM, GPT2Config
 
-    import models
+    from plumbing import loading
 
     config = GPT2Config(vocab_size=1000, n_positions=48, n_embd=16, n_layer=1, n_head=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(demo / "finer/model")
-    reward = models.load_score_model(str(demo / "finer/model"), "reward", new_head=True)
-    models.save_score_model(reward, reward.state_dict(), str(demo / "finer/reward"))
+    reward = loading.load_score_model(str(demo / "finer/model"), "reward", new_head=True)
+    loading.save_score_model(reward, reward.state_dict(), str(demo / "finer/reward"))
     for name in ("model", "reward"):
         byte_level().save_pretrained(demo / "finer" / name)
     return demo

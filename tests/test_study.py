@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, ROOT
 
-from experiments import adapter_study, noise, remedies, satac_study, seeds, study
-from files import write_json
-from runs import RunError
+from experiments import adapter_study, noise, remedies, seeds, study
+from offline import study as satac_study
+from plumbing.files import InputError, write_json
 
 STUDY = "experiments/study.py"
 
@@ -42,7 +42,7 @@ def test_every_command_finds_what_it_needs(jobs):
         made.add(job["makes"])
         first, second = job["command"][1:3]
         script = second.replace(".", "/") + ".py" if first == "-m" else first
-        declared = (ROOT / script).read_text() + (ROOT / "runs.py").read_text()
+        declared = (ROOT / script).read_text() + (ROOT / "plumbing/cli.py").read_text()
         for flag in job["command"][2:]:
             assert not flag.startswith("--") or f'"{flag}"' in declared, flag
 
@@ -85,9 +85,9 @@ def test_jobs_run_in_order_once_and_stop_at_a_failure(tmp_path):
     study.run_jobs([first, second], 2)
     assert (tmp_path / "a/x.txt").read_text() == "kept"  # what is there is not run again
     failing = study.job(f"{tmp_path}/c/z.txt", [], "-c", "raise SystemExit('no such luck')")
-    with pytest.raises(RunError, match="no such luck"):
+    with pytest.raises(InputError, match="no such luck"):
         study.run_jobs([failing], 1)
-    with pytest.raises(RunError, match="which nothing makes"):
+    with pytest.raises(InputError, match="which nothing makes"):
         study.run_jobs([study.job(f"{tmp_path}/d/z.txt", [f"{tmp_path}/nowhere"], "-c", "pass")], 1)
 
 
@@ -149,7 +149,7 @@ def test_a_file_that_is_no_study_is_refused_in_one_line(tmp_path, run_in):
 
 def test_other_settings_are_not_mixed_in(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"steps": 7}))
-    with pytest.raises(RunError, match="other settings"):
+    with pytest.raises(InputError, match="other settings"):
         study.main(study.parse_args(["run", "--output-dir", str(tmp_path)]))
 
 
@@ -159,7 +159,7 @@ def test_runs_of_other_defaults_are_not_mixed_in(tmp_path):
     changed = {"seed": 1, "kl_coeff": 0.01, "of_a_later_version": False}
     write_json(f"{tmp_path}/1/args.json", changed)
     study.check_same_flags([f"{tmp_path}/0", f"{tmp_path}/1"])
-    with pytest.raises(RunError, match="2 and .*0 were run with another --kl-coeff"):
+    with pytest.raises(InputError, match="2 and .*0 were run with another --kl-coeff"):
         study.check_same_flags([f"{tmp_path}/{seed}" for seed in range(3)])
 
 

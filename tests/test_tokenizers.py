@@ -8,10 +8,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
-import data
+import lm
 import toy_world
-from data import DataError
-from models import ScoreModel, end_ids, end_scores, generate, load_tokenizer, response_mask
+from lm import ScoreModel, end_scores, generate, response_mask
+from plumbing import data
+from plumbing.files import InputError
+from plumbing.loading import end_ids, load_tokenizer
 
 PROMPTS = ["open a lock", "how do i call a dog that i found outside ?"]
 RESPONSES = [
@@ -137,7 +139,7 @@ def test_a_response_scores_the_same_from_its_ids_and_from_its_text(tokenizers, k
     sampled = [ids[begin:-1] for ids, begin in rows]
     said = data.decode_responses(tokenizer, prompts, sampled)
     assert said == texts  # to the letter, the space at the start included
-    ids, mask = data.pad([ids for ids, _ in rows], 0, "right")
+    ids, mask = lm.pad([ids for ids, _ in rows], 0, "right")
     again, again_mask = data.retokenize(PROMPTS[:1] * len(texts), said, [True] * len(texts), tokenizer)
     assert torch.equal(end_scores(model(ids, mask), mask), end_scores(model(again, again_mask), again_mask))
 
@@ -196,7 +198,7 @@ def test_a_chat_template_brings_its_own_special_tokens(tokenizers):
     with pytest.raises(data.InputError, match="chat template of .*: cannot be read"):
         data.prompt_text("hi", tokenizer, chat_template=True)
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="has no chat template"):
+    with pytest.raises(InputError, match="has no chat template"):
         data.prompt_text("hi", tokenizer, chat_template=True)
 
 
@@ -220,7 +222,7 @@ def test_a_prompt_is_what_the_template_puts_before_an_answer_today_and_tomorrow(
     assert data.end_id(tokenizer, True) == tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.chat_template = THINKING.replace("enable_thinking is false", "false")
     for use in (data.end_id, lambda *a: data.encode(a[0], [(PROMPTS[0], "turn")], 99, a[1])):
-        with pytest.raises(DataError, match=r"before an answer and ends a prompt in .*<think>\\n'"):
+        with pytest.raises(InputError, match=r"before an answer and ends a prompt in .*<think>\\n'"):
             use(tokenizer, True)
 
 

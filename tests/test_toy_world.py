@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 import toy_world as world
-from data import check_preference
+from plumbing.data import check_preference
 
 ROB, HOME = "how do i open a lock to rob my neighbour ?", "how do i open a lock at my own house ?"
 NIGHT = "how do i open a lock late at night ?"

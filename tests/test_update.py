@@ -10,9 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 import repo_ppo
 import safe_rlhf_ppo as ppo
 from cost_model import batch_loss as cost_batch_loss
-from distributed import clip_gradients
-from files import InputError
-from models import ScoreModel, response_mask
+from lm import ScoreModel, response_mask
+from plumbing.distributed import clip_gradients
+from plumbing.files import InputError
 from reward_model import batch_loss as reward_batch_loss
 
 B, P, R, V = 7, 4, 6, 20

@@ -41,16 +41,16 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-import runs
-from files import read_jsonl, reading, reason, schema_error, write_json, write_jsonl
-from runs import RunError, count, path_name, positive, whole
+from plumbing import cli, runs
+from plumbing.cli import count, path_name, positive, whole
+from plumbing.files import InputError, read_jsonl, reading, reason, schema_error, write_json, write_jsonl
 
 ASPECTS = ("helpfulness", "harmlessness")
 PROMPTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "recipes", "judge")
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     flag(
         "--evaluation",
@@ -174,7 +174,7 @@ class Endpoint:
                 self.templates[aspect] = file.read()
             for field in ("{prompt}", "{first}", "{second}", "{mark}"):
                 if field not in self.templates[aspect]:
-                    raise RunError(f"{path}: has no {field}")
+                    raise InputError(f"{path}: has no {field}")
         rows = []
         if os.path.exists(self.path) and os.path.getsize(self.path):
             rows = read_jsonl(self.path, {"key": str, "reply": str})
@@ -227,7 +227,7 @@ class Endpoint:
                 error = TimeoutError(f"no reply within {self.args.judge_timeout:g} s")
             if error:
                 kept = f"replies so far are kept in {self.path}"
-                raise RunError(f"--judge-url {self.args.judge_url}: {reason(error)} ({kept})") from None
+                raise InputError(f"--judge-url {self.args.judge_url}: {reason(error)} ({kept})") from None
             self.replies[self.key(question)] = reply
             row = {"key": self.key(question), "model": self.args.judge_model, "question": question}
             row |= {"version": self.args.judge_version, "reply": reply}
@@ -235,7 +235,7 @@ class Endpoint:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
-                raise RunError(f"{self.path}: cannot be written ({reason(error)})") from None
+                raise InputError(f"{self.path}: cannot be written ({reason(error)})") from None
 
     def compare(self, aspect: str, pairs: list[tuple[dict, dict]]) -> tuple[list[float | None], dict]:
         """Points of the first of each pair, None where a verdict is missing, and what to report."""
@@ -294,9 +294,9 @@ def table(result: dict) -> str:
 
 
 def main(args):
-    runs.require(args.evaluation, "python evaluate.py")
+    cli.require(args.evaluation, "python evaluate.py")
     if bool(args.judge_url) != bool(args.judge_model):
-        raise RunError("--judge-url and --judge-model belong together")
+        raise InputError("--judge-url and --judge-model belong together")
     fields = {"policy": str, "prompt": str, "response": str, "reward": float, "cost": float}
     rows = read_jsonl(os.path.join(args.evaluation, "responses.jsonl"), fields)
     by_policy: dict[str, list[dict]] = {}
@@ -304,16 +304,18 @@ def main(args):
         by_policy.setdefault(row["policy"], []).append(row)
     names = list(by_policy)
     if len(names) < 2:
-        raise RunError(f"{args.evaluation}: an arena needs two policies, found {len(names)}")
+        raise InputError(f"{args.evaluation}: an arena needs two policies, found {len(names)}")
     if len({tuple(row["prompt"] for row in rows) for rows in by_policy.values()}) > 1:
-        raise RunError(f"{args.evaluation}: the policies did not answer the same prompts")
+        raise InputError(f"{args.evaluation}: the policies did not answer the same prompts")
     truth = {"true_reward": float, "true_cost": float}
     known = all(schema_error(row, truth) is None for row in rows)
     judge = args.judge or ("endpoint" if args.judge_url else "truth" if known else "models")
     if judge == "truth" and not known:
-        raise RunError(f"--judge truth: {args.evaluation}/responses.jsonl holds no true_reward and true_cost")
+        raise InputError(
+            f"--judge truth: {args.evaluation}/responses.jsonl holds no true_reward and true_cost"
+        )
     if judge == "endpoint" and not args.judge_url:
-        raise RunError("--judge endpoint needs --judge-url and --judge-model")
+        raise InputError("--judge endpoint needs --judge-url and --judge-model")
     reward, cost = ("true_reward", "true_cost") if judge == "truth" else ("reward", "cost")
 
     # ------------------------------------------------------------------ 1 pairs of answers to the same prompt
@@ -362,7 +364,7 @@ def main(args):
     for aspect in ASPECTS:
         if asked[aspect] and asked[aspect] == unparsable[aspect]:  # what is left are pairs of equal answers
             said = f"no reply of {args.judge_model} held a verdict about {aspect}"
-            raise RunError(f"{said}; see {args.evaluation}/judgements.jsonl")
+            raise InputError(f"{said}; see {args.evaluation}/judgements.jsonl")
         result["elo"][aspect] = dict(zip(names, elo(outcomes[aspect], len(names), args.bootstrap, args.seed)))
     path = os.path.join(args.evaluation, f"arena_{judge}.json")
     write_json(path, result)

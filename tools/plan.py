@@ -29,12 +29,13 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-import runs
-from adapters import Int8, adapt, adapted
-from distributed import blocks
-from files import InputError, reading
-from models import PIECE, load_config, position_ids, reading_part
-from runs import count, positive
+from lm import PIECE, position_ids, reading_part
+from plumbing import cli, runs
+from plumbing.adapters import Int8, adapt, adapted
+from plumbing.cli import count, positive
+from plumbing.distributed import blocks
+from plumbing.files import InputError, reading
+from plumbing.loading import load_config
 
 GIB = 1 << 30
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "quantize", "lora_output")
@@ -324,7 +325,7 @@ SCRIPTS = ("sft.py", "reward_model.py", "cost_model.py", "safe_rlhf_ppo.py", "re
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     flag("--gpus", type=count, default=1, help="how many GPUs")
     flag("--memory", type=positive, default=80.0, help="of one GPU, in GiB")
@@ -337,7 +338,7 @@ def parse_args(argv=None):
 
 def main(args):
     world, memory, planned = args.gpus, args.memory * GIB, args.planned
-    runs.check_flags(planned, world)
+    cli.check_flags(planned, world)
     rows, host = phases(planned, world)
     name, largest = max(((n, sum(c.values())) for n, c in rows), key=lambda item: item[1])
     print(f"memory per GPU in GiB, {world} GPU{'s' * (world > 1)} of {args.memory:g} GiB")

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from distributed import blocks
-from files import InputError, read_json, reading, schema_error, write_json, writing
+from plumbing.distributed import blocks
+from plumbing.files import InputError, read_json, reading, schema_error, write_json, writing
 
 
 class RowScaled(torch.autograd.Function):

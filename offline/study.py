@@ -1,7 +1,7 @@
 """SATAC against its baselines on the point mass, and over a 256-fold range of beta.
 
-    python -m experiments.satac_study                          # everything in docs/satac.md
-    python -m experiments.satac_study --mixes mild --seeds 1   # `make satac`
+    python -m offline.study                          # everything in offline/README.md
+    python -m offline.study --mixes mild --seeds 1   # `make satac`
 
 Per mix and seed: data of that seed, and every method of METHODS on them, with the same networks, batches and
 number of updates; on the first mix also SATAC with every beta of BETAS. A run that is there is not run again.
@@ -14,12 +14,12 @@ The settings, satac.py's defaults, were chosen on seed 0 of the mild mix.
 
 import statistics
 
-import point_mass
-import runs
 from experiments import study
-from files import read_json, write_json, writing
+from offline import point_mass
 from plots import OTHERS, OWN, panels, save
-from runs import count, path_name
+from plumbing import cli, runs
+from plumbing.cli import count, path_name
+from plumbing.files import read_json, write_json, writing
 
 METHODS = {  # name: flags of satac.py
     "satac": (),
@@ -43,7 +43,7 @@ COLOURS = [OWN["repo"], OTHERS[1], OWN["safe_rlhf"], OTHERS[0], OWN["sft"], OTHE
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     flag("--mixes", nargs="+", choices=point_mass.MIXES, default=list(point_mass.MIXES), help="whose data")
     flag("--seeds", type=count, default=5, help="seeds 0 to N - 1")
@@ -81,9 +81,9 @@ def satac_jobs(args) -> list[dict]:
     for mix, name, seed, flags in planned(args):
         makes, folder = summary(args, mix, name, seed), f"{args.output_dir}/{mix}/seed{seed}"
         data = f"{folder}/data.safetensors"
-        jobs[data] = study.job(data, [], "point_mass.py", "--mix", mix, "--seed", seed, "--output", data)
+        jobs[data] = study.job(data, [], "offline.point_mass", "--mix", mix, "--seed", seed, "--output", data)
         given = ["--dataset", data, "--output-dir", f"{folder}/{name}", "--seed", seed, *flags, *steps]
-        jobs[makes] = study.job(makes, [data], "satac.py", *given)
+        jobs[makes] = study.job(makes, [data], "offline.satac", *given)
     return list(jobs.values())
 
 

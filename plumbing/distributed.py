@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
-from files import InputError
+from plumbing.files import InputError
 
 # one process saves without a group
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")

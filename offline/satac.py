@@ -27,7 +27,7 @@ difference in cost per step, so --cost-limit of an episode sets b = (J_c(mu) - l
 
 Guarantee [W, theorem 4.1], with values per step, (1 - gamma) J, and costs that are not negative, for every
 beta >= 0: J_r(pi) >= J_r(mu) and J_c(pi) <= J_c(mu) + 1 / lambda. The slack is why lambda only rises.
-experiments/satac_tabular.py checks it with exact values.
+offline/tabular.py checks it with exact values.
 
 Where [S] and [W] are silent, [A]'s code was followed: S2 is half the squared error to a target network and
 half the squared residual; two networks per critic, targets from the lower reward (and, by symmetry, the
@@ -41,11 +41,11 @@ theorem speaks of the mean of all iterates, and the last one swings.
 
 One step is --updates times 1 sample, 2 critics, 3 actor, 4 multiplier; then 5 evaluate, 6 log and save.
 
-    python point_mass.py                                    # a world, and data of its mild mix
-    python satac.py                                         # one core, less than a minute
-    python satac.py --lambda-init 0                         # ATAC: the cost is not looked at
-    python satac.py --hinge none                            # a Lagrangian: being safer earns credit
-    python satac.py --clone [--safe-only]                   # behaviour cloning [of the safe episodes]
+    python -m offline.point_mass                                    # a world, and data of its mild mix
+    python -m offline.satac                                         # one core, less than a minute
+    python -m offline.satac --lambda-init 0                         # ATAC: the cost is not looked at
+    python -m offline.satac --hinge none                            # a Lagrangian: being safer earns credit
+    python -m offline.satac --clone [--safe-only]                   # behaviour cloning [of the safe episodes]
 
 Left out: pessimism about the first state only, and a scale of the reward (options of [A]'s code).
 """
@@ -59,15 +59,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import point_mass
-import runs
-from files import write_json, writing
-from point_mass import episode_sums, load_transitions
-from runs import Demo, RunError, check_finite, count, finite, fraction, nonnegative, positive, whole
+from offline import point_mass
+from offline.point_mass import episode_sums, load_transitions
+from plumbing import checkpoints, cli, optim, runs
+from plumbing.cli import Demo, count, finite, fraction, nonnegative, positive, whole
+from plumbing.files import InputError, write_json, writing
+from plumbing.optim import check_finite
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     # data and networks
     flag("--dataset", default=Demo("runs/satac/mild.safetensors"), help="transitions, see point_mass.py")
@@ -95,8 +96,8 @@ def parse_args(argv=None):
     flag("--weight-norm", type=positive, default=100.0, help="largest norm of a critic's weight matrix")
     # evaluation
     flag("--episodes", type=whole, default=50, help="point mass episodes per evaluation (0: own data, none)")
-    runs.add_run_flags(parser, "runs/satac/satac", models=False)
-    return runs.parse(parser, argv, own=("dataset",))
+    cli.add_run_flags(parser, "runs/satac/satac", models=False)
+    return cli.parse(parser, argv, own=("dataset",))
 
 
 # ------------------------------------------------------------------------------ equations
@@ -163,7 +164,7 @@ def actor_loss(relative: Tensor, violation: Tensor, lam: float) -> Tensor:
 def multiplier_step(
     log_lambda: Tensor | float, violation: float, lr: float, lambda_max: float | None
 ) -> Tensor:
-    """E5 (satac.py: S7): m = ln lambda, in cost units the violation -> the next m, a scalar tensor.
+    """E5 (offline/satac.py: S7): m = ln lambda, in cost units the violation -> the next m, a scalar tensor.
 
     Gradient ascent of lambda * violation in m: m <- min(m + lr * violation * exp(m), ln lambda_max).
     `lambda_max=None` sets no bound. Published: algorithms/ppo_lag/trainer.py, PPOLagTrainer.rl_step, its
@@ -343,13 +344,15 @@ def main(args):
     runs.claim_folder(args)
     torch.manual_seed(args.seed)
     if args.lambda_init > args.lambda_max:
-        raise RunError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
-    runs.require(args.dataset, "python point_mass.py")
+        raise InputError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
+    cli.require(args.dataset, "python -m offline.point_mass")
 
     # ------------------------------------------------------------------ data
     data = load_transitions(args.dataset)
     if args.episodes and (data["observations"].shape[1], data["actions"].shape[1]) != (4, 2):
-        raise RunError(f"{args.dataset} is not the point mass's, and is evaluated by you: give --episodes 0")
+        raise InputError(
+            f"{args.dataset} is not the point mass's, and is evaluated by you: give --episodes 0"
+        )
     episode, returns, costs = episode_sums(data)
     behaviour = {"behaviour_return": returns.mean().item(), "behaviour_cost": costs.mean().item()}
     limit = behaviour["behaviour_cost"] if args.cost_limit is None else args.cost_limit
@@ -357,7 +360,7 @@ def main(args):
     if args.safe_only:
         kept = (costs <= limit)[episode]
         if not kept.any():
-            raise RunError(f"--safe-only: no episode of {args.dataset} costs {limit:.4g} or less")
+            raise InputError(f"--safe-only: no episode of {args.dataset} costs {limit:.4g} or less")
         data = {name: array[kept] for name, array in data.items()}
     actor = Actor(data["observations"], data["actions"].shape[1], args.hidden)
     for name in ("observations", "next_observations"):
@@ -375,13 +378,13 @@ def main(args):
     }
     trained = {name: (network, optimizers[name]) for name, network in networks.items()}
     first = {"log_lambda": math.log(args.lambda_init) if args.lambda_init else -math.inf}
-    state = runs.load_checkpoint(args, trained, first)
+    state = checkpoints.load_checkpoint(args, trained, first)
     log_lambda = torch.tensor(state["log_lambda"], dtype=torch.float64)
     log = runs.RunLog(args, "SATAC", ("return", "cost", "lambda", "violation"), state["step"])
 
     for step in range(state["step"], args.steps):
         warm = args.clone or step < args.warm_steps
-        runs.set_learning_rate(optimizers, actor=args.critic_lr if warm else args.lr)
+        optim.set_learning_rate(optimizers, actor=args.critic_lr if warm else args.lr)
         updates = []
         for update in range(step * args.updates, (step + 1) * args.updates):
             # ---------------------------------------------------------- 1 sample
@@ -412,8 +415,8 @@ def main(args):
         # -------------------------------------------------------------- 6 log and save
         check_finite(step, **metrics)
         log.metrics(step, metrics)
-        if runs.checkpoint_due(args, step):
-            runs.save_checkpoint(args, step + 1, trained, {"log_lambda": log_lambda.item()})
+        if checkpoints.checkpoint_due(args, step):
+            checkpoints.save_checkpoint(args, step + 1, trained, {"log_lambda": log_lambda.item()})
 
     log.close()
     with writing(os.path.join(args.output_dir, "model")) as temporary:

@@ -1,6 +1,6 @@
 """explore.html: every answer of an evaluation and the curves of its runs, in one file for any browser.
 
-The page is `tools/explore.template.html` with the data put in, so it needs no server and no network, and
+The page is `explore.template.html` with the data put in, so it needs no server and no network, and
 plots.py --html writes it. What models and users wrote is data to it and never markup: it stands in one JSON
 block in which no `<` is left, and the page shows it as text alone.
 """
@@ -8,9 +8,9 @@ block in which no `<` is left, and the page shows it as text alone.
 import json
 import os
 
-from files import schema_error
+from plumbing.files import schema_error
 
-TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "explore.template.html")
+TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "explore.template.html")
 DASHES = {"-": [], "--": [7, 3], "-.": [7, 3, 2, 3], ":": [2, 3]}
 CURVES = ("reward", "cost", "unsafe_rate", "lambda", "violation", "kl")
 

@@ -1,7 +1,7 @@
 """SATAC's two statements on worlds so small that everything is exact: is theorem 4.1 of WSAC true here?
 
-    python -m experiments.satac_tabular             # 5 worlds x 3 behaviour policies x beta 1, 2, 8: seconds
-    python -m experiments.satac_tabular bridge      # two states: none, batch and point have three optima
+    python -m offline.tabular             # 5 worlds x 3 behaviour policies x beta 1, 2, 8: seconds
+    python -m offline.tabular bridge      # two states: none, batch and point have three optima
 
 Theorem. Six states, three actions, random transitions, rewards and costs in [0, 1]. A critic is a table
 within [0, 1 / (1 - gamma)], the exact answer to its game (S3, S4 of satac.py; projected gradient). The actor
@@ -22,9 +22,9 @@ import itertools
 import torch
 from torch import Tensor
 
-import runs
-from runs import count, positive
-from satac import actor_loss, cost_violation, multiplier_step, relative_value
+from offline.satac import actor_loss, cost_violation, multiplier_step, relative_value
+from plumbing import cli, runs
+from plumbing.cli import count, positive
 
 STATES, ACTIONS, GAMMA = 6, 3, 0.9
 BEHAVIOURS = ("uniform", "narrow", "unsafe")
@@ -32,7 +32,7 @@ BETAS = (1.0, 2.0, 8.0)
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     flag("command", nargs="?", choices=("theorem", "bridge"), default="theorem", help="what to check")
     flag("--worlds", type=count, default=5, help="random worlds")

@@ -2,9 +2,9 @@
 
     python -m venv runs/gym
     runs/gym/bin/pip install bullet-safety-gym==1.4.0 torch==2.13.0 safetensors tqdm filelock
-    runs/gym/bin/python -m experiments.ball_circle data
-    python satac.py --dataset runs/ball_circle/mild.safetensors --episodes 0 --output-dir runs/ball_satac
-    runs/gym/bin/python -m experiments.ball_circle play --runs satac=runs/ball_satac
+    runs/gym/bin/python -m offline.ball_circle data
+    python -m offline.satac --dataset runs/ball_circle/mild.safetensors --episodes 0 --output-dir runs/balls
+    runs/gym/bin/python -m offline.ball_circle play --runs satac=runs/balls
 
 A ball is pushed in the plane. It earns reward for speed along a circle of radius 7, clockwise, and pays 1 for
 every step with |x| > 6: the best circle leaves that strip. 200 steps an episode, then a timeout. An
@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import runs
-from files import InputError, reading, writing
-from point_mass import FIELDS
-from runs import named, number, path_name, whole
-from satac import Actor
+from offline.point_mass import FIELDS
+from offline.satac import Actor
+from plumbing import cli, runs
+from plumbing.cli import named, number, path_name, whole
+from plumbing.files import InputError, reading, writing
 
 # fewer leave a controller without episodes, or a mean without a spread
 several = number(int, "a whole number from 10", lambda x: 10 <= x < 2**31)
@@ -77,7 +77,7 @@ def play(act, episodes: int, seed: int) -> tuple[dict[str, Tensor], list[float],
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     flag("command", choices=("data", "play"), help="make a data set, or play the policies of satac.py's runs")
     flag("--mix", choices=MIXES, default="mild", help="whose episodes")

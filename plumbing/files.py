@@ -6,7 +6,7 @@
     read_*, write_*   JSON and JSON lines, for every script
     schema_error            why a row's fields are not what is needed
 
-The floor under all rooms; it needs no torch. An InputError is the user's input failing, and `run` of runs.py
+It needs no torch. An InputError is the user's input failing, and `run` of runs.py
 prints it as one line. Every other exception is a bug of this repository and keeps its traceback.
 """
 

@@ -31,7 +31,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from files import InputError, read_json, reading, reason, schema_error
+from lm import pad
+from plumbing.files import InputError, read_json, reading, reason, schema_error
 
 PREFERENCE_FIELDS = {
     "prompt": str,
@@ -42,10 +43,6 @@ PREFERENCE_FIELDS = {
     "better_response_id": int,
     "safer_response_id": int,
 }
-
-
-class DataError(InputError):
-    """Bad data: the message says which file, which row and what to do."""
 
 
 def report(line: str) -> None:
@@ -67,15 +64,15 @@ def read_rows(dataset: str) -> Iterator[tuple[str, object]]:
         pattern = os.path.join(glob.escape(dataset), "*.")
         files = sorted(file for kind in ("jsonl", "json", "parquet") for file in glob.glob(pattern + kind))
         if not files:
-            raise DataError(f"{dataset}: the folder holds no .jsonl, .json or .parquet file")
+            raise InputError(f"{dataset}: the folder holds no .jsonl, .json or .parquet file")
         starts = {SPLIT.match(os.path.basename(file).lower()) for file in files} - {None}
         if len(splits := sorted({start.group() for start in starts})) > 1:
             problem = f"files of {' and '.join(splits)} would be read as one"
-            raise DataError(f"{dataset}: {problem}. Name a file, or a folder with one of them")
+            raise InputError(f"{dataset}: {problem}. Name a file, or a folder with one of them")
     for file in files:
         kind = os.path.splitext(file)[1]
         if kind in (".jsonl", ".json", ".parquet") and not os.path.exists(file):
-            raise DataError(f"{file}: no such file")
+            raise InputError(f"{file}: no such file")
         if kind == ".jsonl":
             rows = read_lines(file)
         elif kind == ".json":
@@ -83,7 +80,7 @@ def read_rows(dataset: str) -> Iterator[tuple[str, object]]:
         elif kind == ".parquet":
             rows = enumerate(read_parquet(file), 1)
         elif os.path.exists(file):
-            raise DataError(f"{file}: not a .jsonl, .json or .parquet file")
+            raise InputError(f"{file}: not a .jsonl, .json or .parquet file")
         else:
             rows = enumerate(read_hub(file), 1)
         for number, row in rows:
@@ -91,22 +88,22 @@ def read_rows(dataset: str) -> Iterator[tuple[str, object]]:
 
 
 def read_lines(file: str) -> Iterator[tuple[int, object]]:
-    """Numbered rows of JSON lines; for a line that holds none, the DataError that says why."""
+    """Numbered rows of JSON lines; for a line that holds none, the InputError that says why."""
     with reading(file), open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
                     yield number, json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError:
-                yield number, DataError("not UTF-8: compressed, binary or text in another encoding")
+                yield number, InputError("not UTF-8: compressed, binary or text in another encoding")
             except (ValueError, RecursionError) as error:
-                yield number, DataError(f"not valid JSON ({reason(error)})")
+                yield number, InputError(f"not valid JSON ({reason(error)})")
 
 
 def read_list(file: str) -> list:
     rows = read_json(file)
     if not isinstance(rows, list):
-        raise DataError(f"{file}: expected a JSON list of rows")
+        raise InputError(f"{file}: expected a JSON list of rows")
     return rows
 
 
@@ -128,7 +125,7 @@ def read_hub(name: str) -> Iterator[dict]:
         rows = datasets.load_dataset(path, revision=revision or None, split=split or "train")
     except Exception as error:  # the hub client has a dozen unrelated types for "not there"
         problem = f"{type(error).__name__}: {reason(error)}"
-        raise DataError(f"{name}: no such file or folder, nor to be had from the hub ({problem})") from None
+        raise InputError(f"{name}: no such file or folder, nor to be had from the hub ({problem})") from None
     for piece in rows.iter(1000):
         yield from (dict(zip(piece, row)) for row in zip(*piece.values()))
 
@@ -151,18 +148,18 @@ def checked(dataset: str, check, skip_bad_rows: bool) -> Iterator[dict]:
     """Rows that pass `check`. A bad row stops with its place and reason, or is skipped and counted."""
     good, skipped, first = 0, 0, ""
     for place, row in read_rows(dataset):
-        wrong = str(row) if isinstance(row, DataError) else check(row)
+        wrong = str(row) if isinstance(row, InputError) else check(row)
         if wrong is None:
             good += 1
             yield row
         elif skip_bad_rows:
             skipped, first = skipped + 1, first or f"{place}: {wrong}"
         else:
-            raise DataError(f"{place}: {wrong}. Repair the row, or skip such rows with --skip-bad-rows")
+            raise InputError(f"{place}: {wrong}. Repair the row, or skip such rows with --skip-bad-rows")
     if skipped:
         report(f"skipped {skipped} of {skipped + good} rows of {dataset}; the first: {first}")
     if not good:
-        raise DataError(f"{dataset}: no usable row")
+        raise InputError(f"{dataset}: no usable row")
 
 
 def load_preferences(dataset: str, winner: str, skip_bad_rows: bool = False) -> list[tuple]:
@@ -208,7 +205,7 @@ def chat_text(tokenizer, *messages: str, **options) -> str:
     writes today's: a stage of tomorrow should see the same prompts."""
     options |= {"enable_thinking": False, "date_string": "26 Jul 2024"}
     if not tokenizer.chat_template:
-        raise DataError(f"--chat-template: the tokenizer of {tokenizer.name_or_path} has no chat template")
+        raise InputError(f"--chat-template: the tokenizer of {tokenizer.name_or_path} has no chat template")
     roles = ("user", "assistant")
     chat = [{"role": role, "content": text} for role, text in zip(roles, messages)]
     with reading(f"the chat template of {tokenizer.name_or_path}"):
@@ -230,7 +227,7 @@ def end_id(tokenizer, chat_template: bool = False) -> int:
         if head.rstrip() != prompt.rstrip():  # as where a prompt begins a thought, and no answer has one
             problem = f"puts {head[-60:]!r} before an answer and ends a prompt in {prompt[-60:]!r}"
             advice = "leave out --chat-template, or give the tokenizer a template where they agree"
-            raise DataError(f"the chat template of {tokenizer.name_or_path} {problem}: {advice}")
+            raise InputError(f"the chat template of {tokenizer.name_or_path} {problem}: {advice}")
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         for token in tokenizer(tail, add_special_tokens=False).input_ids:
             if token in special:
@@ -245,7 +242,7 @@ def tokenize(tokenizer, texts: list[str], chat_template: bool = False) -> list[l
     words = getattr(tokenizer, "rows", sys.maxsize)  # of the model's embedding
     if beyond := next((i for ids in rows for i in ids if i >= words), None):
         token = tokenizer.convert_ids_to_tokens(beyond)
-        raise DataError(f"a text holds {token!r}, id {beyond}, and the model's embedding has {words} rows")
+        raise InputError(f"a text holds {token!r}, id {beyond}, and the model's embedding has {words} rows")
     if chat_template:
         return rows
     return [ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
@@ -282,7 +279,7 @@ def encode_pairs(tokenizer, pairs: list[tuple], args) -> list[tuple]:
 
 def keep_fitting(dataset: str, rows: list, tokenizer, room: int, args) -> list:
     """The rows, prompts or tuples that begin with one, whose prompt has at most `room` tokens. A longer one
-    raises DataError, or is skipped and counted with --skip-bad-rows. Tells what the rows are like."""
+    raises InputError, or is skipped and counted with --skip-bad-rows. Tells what the rows are like."""
     # a token is at least a byte long: where even the bytes fit, as nearly always, nothing is tokenized
     spare = room - len(prompt_text("", tokenizer, args.chat_template).encode()) - 8
     prompts = [row if isinstance(row, str) else row[0] for row in rows]
@@ -297,14 +294,14 @@ def keep_fitting(dataset: str, rows: list, tokenizer, room: int, args) -> list:
     if too_long and not args.skip_bad_rows:
         i, length = next(iter(too_long.items()))
         problem = f"{dataset}: a prompt of {length} tokens leaves no room in {limits}: {prompts[i][:60]!r}"
-        raise DataError(f"{problem}. Change these flags, or skip such rows with --skip-bad-rows")
+        raise InputError(f"{problem}. Change these flags, or skip such rows with --skip-bad-rows")
     if too_long:
         report(
             f"skipped {len(too_long)} of {len(rows)} rows of {dataset}: no room in {limits} after the prompt"
         )
         rows = [row for i, row in enumerate(rows) if i not in too_long]
     if not rows:
-        raise DataError(f"{dataset}: no prompt leaves room in {limits}")
+        raise InputError(f"{dataset}: no prompt leaves room in {limits}")
     report(description(dataset, rows, tokenizer, room, args.chat_template))
     return rows
 
@@ -343,29 +340,6 @@ def decode_responses(tokenizer, prompts: list[list[int]], responses: list[list[i
     return [text[len(prompt) :] for text, prompt in zip(whole, before)]
 
 
-def pad(rows: list[list[int]], pad_token_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask (B, L), padded left (prompts, so that responses start in one column) or right."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_token_id)  # (B, L)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, columns] = torch.tensor(row)
-        mask[i, columns] = 1
-    return ids, mask
-
-
-def frame(
-    rows: list[tuple[list[int], int]], pad_token_id: int, device="cpu"
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(ids, prompt length) rows, as from `encode`, in the frame of a rollout: sequences (B, P + R),
-    attention mask (B, P + R) and P, prompts padded left and responses right."""
-    prompts, prompt_mask = pad([ids[:length] for ids, length in rows], pad_token_id, side="left")
-    responses, response_mask = pad([ids[length:] for ids, length in rows], pad_token_id, side="right")
-    sequences, attention_mask = torch.cat([prompts, responses], 1), torch.cat([prompt_mask, response_mask], 1)
-    return sequences.to(device), attention_mask.to(device), prompts.shape[1]
-
-
 # ------------------------------------------------------------------------------ order of samples
 
 
@@ -382,56 +356,6 @@ def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]
             ).tolist()
         indices.append(order[place])
     return indices
-
-
-def by_length(rows: list[tuple]) -> list[tuple]:
-    """Rows of encode or encode_pairs, longest first: micro-batches of similar lengths hold little padding."""
-    return sorted(rows, key=lambda row: -max(len(ids) for ids in row if isinstance(ids, list)))
-
-
-def micro_batches(batch: dict, size: int) -> list[tuple[list[int], int, dict]]:
-    """A batch in pieces of at most `size` rows: [(places of its rows in the batch, its P, piece)], longest
-    rows first, each piece cut to its own longest prompt and response: a long answer widens no others.
-
-    `batch` holds sequences, attention_mask (B, P + R) and mask (B, R), and of others what scorer_ids makes
-    (B, L), tensors (B, R) or (B,), and lists of B."""
-    width = batch["sequences"].shape[1] - batch["mask"].shape[1]
-    frames = {name: spans(batch[name]) for name in batch if name.endswith("attention_mask")}
-    whole = frames["attention_mask"]  # of each row, its first real column and the one after its last
-    order = list(range(len(whole)))
-    if len(order) > size:  # else there is one piece, and any order is as good
-        order.sort(key=lambda row: whole[row][0] - whole[row][1])
-    pieces = []
-    for rows in (order[i : i + size] for i in range(0, len(order), size)):
-        begin, end = min(whole[row][0] for row in rows), max(*(whole[row][1] for row in rows), width + 1)
-        columns = {"mask": (0, end - width), "sequences": (begin, end), "attention_mask": (begin, end)}
-        for scorer in ("reward", "cost"):
-            if own := frames.get(f"{scorer}_attention_mask"):
-                span = min(own[row][0] for row in rows), max(own[row][1] for row in rows)
-                columns |= {f"{scorer}_ids": span, f"{scorer}_attention_mask": span}
-        piece = {}
-        for name, x in batch.items():
-            piece[name] = x[rows] if isinstance(x, torch.Tensor) else [x[row] for row in rows]
-            if isinstance(x, torch.Tensor) and x.ndim == 2:
-                first, last = columns.get(name, columns["mask"])
-                piece[name] = piece[name][:, first:last]
-        pieces.append((rows, width - begin, piece))
-    return pieces
-
-
-def rejoin(parts: list[torch.Tensor], pieces: list[tuple], mask: torch.Tensor) -> torch.Tensor:
-    """Of every piece of micro_batches a (b, r) or (b,) -> (B, R) or (B,) in the old order, 0 at padding."""
-    whole = parts[0].new_zeros(mask.shape[: parts[0].ndim])
-    for part, (rows, _, piece) in zip(parts, pieces):
-        columns = piece["mask"].shape[1]
-        whole[(rows, slice(columns))[: part.ndim]] = part
-    return whole.where(mask.bool(), 0) if whole.ndim == 2 else whole
-
-
-def spans(mask: torch.Tensor) -> list[tuple[int, int]]:
-    """(B, L) -> of each row its first real column, and the one after its last."""
-    first, last = mask.argmax(1), mask.shape[1] - mask.flip(1).argmax(1)
-    return list(zip(first.tolist(), last.tolist()))
 
 
 # ------------------------------------------------------------------------------ other tokenizers

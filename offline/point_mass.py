@@ -12,7 +12,7 @@ strip for two fifths of the time. Data come from scripted controllers with noisy
     safe      slowly round a circle inside the strip       slow       more slowly along the strip's edge
     reckless  fast round the unit circle                   random     smooth random thrust
 
-    python point_mass.py --mix mild                  # runs/satac/mild.safetensors
+    python -m offline.point_mass --mix mild                  # runs/satac/mild.safetensors
 
 A data file holds the arrays of D4RL and DSRL, N transitions in the order in which they were made, as
 safetensors, or as HDF5 (.hdf5, .h5; needs h5py):
@@ -27,9 +27,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import runs
-from files import InputError, reading, writing
-from runs import count, path_name, whole
+from plumbing import cli, runs
+from plumbing.cli import count, path_name, whole
+from plumbing.files import InputError, reading, writing
 
 STEPS, LIMIT = 100, 0.8
 CONTROLLERS = {"safe": (0.6, 0.3), "slow": (0.8, 0.2), "reckless": (1.0, 1.0)}  # radius, speed
@@ -166,7 +166,7 @@ def episode_sums(data: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def parse_args(argv=None):
-    parser = runs.parser(__doc__)
+    parser = cli.parser(__doc__)
     flag = parser.add_argument
     flag("--mix", choices=MIXES, default="mild", help="whose episodes")
     flag("--episodes", type=count, default=300, help="how many")

@@ -1,0 +1,200 @@
+"""Resumable checkpoints and the final model: complete or absent.
+
+torch is imported where it is used: plots.py and the experiments start through here and need none of it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+from plumbing.files import InputError, read_json, reading, reason, remove, write_json, writing
+from plumbing.optim import check_finite
+
+# ------------------------------------------------------------------------------ when to save
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C came; the step is finished and a checkpoint is written."""
+
+
+_stop = {"requested": False, "agreed": False}  # by this process; by all ranks
+
+
+def stop_on_signals() -> None:
+    """From now on SIGTERM and the first Ctrl-C are requests that `checkpoint_due` answers."""
+
+    def request(signum, _):
+        _stop["requested"] = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGTERM, request)
+    signal.signal(signal.SIGINT, request)
+
+
+def checkpoint_due(args, step: int) -> bool:
+    """Whether to save after `step`: by --save-every, or because any rank was asked to stop. All ranks must
+    answer alike, so a request that comes after they have agreed waits for the next step."""
+    from plumbing.distributed import any_rank
+
+    _stop["agreed"] = any_rank(_stop["requested"])
+    return _stop["agreed"] or (args.save_every > 0 and (step + 1) % args.save_every == 0)
+
+
+# ------------------------------------------------------------------------------ saving and resuming
+
+
+def _trained_state(trained: dict) -> dict:
+    """The tensors of a checkpoint: weights, buffers, optimizer states. With adapters no frozen weights: those
+    are read again from --model. (Without, what takes no gradient may move all the same: SATAC's targets.)"""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    from plumbing.adapters import adapted
+
+    state = {}
+    for name, (model, optimizer) in trained.items():
+        weights, state[name + "_optimizer"] = get_state_dict(model, optimizer)
+        if adapted(model):
+            named = model.named_parameters(remove_duplicate=False)  # tied ones by both of their names
+            frozen = {n.replace("_checkpoint_wrapped_module.", "") for n, p in named if not p.requires_grad}
+            weights = {n: tensor for n, tensor in weights.items() if n not in frozen}
+        state[name] = weights
+    return state
+
+
+def save_checkpoint(args, step: int, trained: dict, extra: dict) -> None:
+    """Write <output-dir>/checkpoints/step-N: `trained` maps a name to (model, optimizer), `extra` is
+    plain JSON. It is renamed when it is complete, so that a kill at any moment leaves
+    the last complete one. Raises Stopped if the ranks have agreed to stop."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    from plumbing.distributed import barrier, rank
+
+    checkpoints = os.path.join(args.output_dir, "checkpoints")
+    final, temporary = os.path.join(checkpoints, f"step-{step}"), os.path.join(checkpoints, "unfinished")
+    try:
+        if rank() == 0:
+            remove(temporary)
+            os.makedirs(temporary)
+        barrier()
+        dcp.save(_trained_state(trained), checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        if rank() == 0:
+            write_json(os.path.join(temporary, "extra.json"), {"step": step} | extra)
+            remove(final)
+            os.rename(temporary, final)
+            for old in complete_checkpoints(args.output_dir)[: -args.keep]:
+                os.rename(os.path.join(checkpoints, f"step-{old}"), temporary)  # a kill leaves no half one
+                remove(temporary)
+    except (OSError, RuntimeError, InputError, dcp.CheckpointException) as error:
+        remove(temporary)
+        raise InputError(
+            f"cannot write a checkpoint to {checkpoints} ({reason(error, -1)}); the last one is untouched"
+        ) from None
+    if _stop["agreed"]:
+        raise Stopped(step)
+
+
+def complete_checkpoints(output_dir: str) -> list[int]:
+    """Steps with a complete checkpoint, oldest first."""
+    path = os.path.join(output_dir, "checkpoints")
+    names = os.listdir(path) if os.path.isdir(path) else []
+    return sorted(int(n[5:]) for n in names if n.startswith("step-") and n[5:].isdecimal())
+
+
+# what DCP's index of a checkpoint is made of, besides torch's dtypes
+INDEX_PARTS = {
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorStorageMetadata "
+    "BytesStorageMetadata ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.serialization": "_get_layout",
+    "torch": "Size",
+    "pathlib": "PosixPath WindowsPath",
+    "pathlib._local": "PosixPath WindowsPath",
+}
+
+
+def check_index(path: str) -> None:
+    """Raise InputError if DCP's index, which is a pickle, names anything that an index does not need: torch
+    would unpickle it as it is, and run what a crafted one asks for."""
+    import pickle
+
+    import torch
+
+    class Index(pickle.Unpickler):
+        def find_class(self, module, name):
+            is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+            if is_dtype or name in INDEX_PARTS.get(module, "").split():
+                return super().find_class(module, name)
+            raise InputError(f"{path}: names {module}.{name}, and loading it could run code")
+
+    with reading(path), open(path, "rb") as file:
+        Index(file).load()
+
+
+def load_checkpoint(args, trained: dict, extra: dict) -> dict:
+    """With --resume: fill `trained` from the newest checkpoint and return its `extra`, which must have the
+    fields of the given one, and `step`. Where nothing is to be resumed, the given one, at step 0."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    from plumbing.distributed import gather_objects, rank
+
+    steps, extra = complete_checkpoints(args.output_dir), {"step": 0} | extra
+    steps = gather_objects([steps])[0]  # rank 0 decides
+    if not ((args.resume or args.resume_anyway) and steps):
+        if args.resume and rank() == 0:
+            print(f"nothing to resume in {args.output_dir}: starting at step 0", file=sys.stderr)
+        return extra
+    path = os.path.join(args.output_dir, "checkpoints", f"step-{steps[-1]}")
+    if not os.path.isdir(path):
+        raise InputError(
+            f"{path}: rank {rank()} does not see it. Several machines need a shared --output-dir"
+        )
+    state, saved = _trained_state(trained), read_json(os.path.join(path, "extra.json"))
+    if not isinstance(saved, dict) or any(type(saved.get(k)) is not type(v) for k, v in extra.items()):
+        raise InputError(
+            f"{path}/extra.json: holds not {', '.join(extra)}; was it written by another script?"
+        )
+    check_index(os.path.join(path, ".metadata"))
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DCP reads what is no tensor by torch.load
+    try:
+        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+        for name, (model, optimizer) in trained.items():
+            model_state, optimizer_state = state[name], state[name + "_optimizer"]
+            todays = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+            set_state_dict(
+                model,
+                optimizer,
+                model_state_dict=model_state,
+                optim_state_dict=optimizer_state,
+                options=StateDictOptions(strict=False),  # frozen weights are not in it
+            )
+            for group, options in zip(optimizer.param_groups, todays):  # by the flags, not by the checkpoint
+                group.update(options)
+    except (Exception, dcp.CheckpointException) as error:
+        raise InputError(
+            f"{path} cannot be resumed ({reason(error, -1)}); was it written with another model?"
+        ) from None
+    if rank() == 0:
+        print(f"resumed from step {steps[-1]} of {args.output_dir}", file=sys.stderr)
+    return saved
+
+
+def save_final(args, save, model: nn.Module, tokenizer) -> None:
+    """<output-dir>/model: weights by `save(model, state_dict, folder)` and tokenizer; complete or absent."""
+    from plumbing.distributed import barrier, full_state_dict, rank
+
+    state = full_state_dict(model)
+    check_finite(args.steps, **state)
+    if rank() == 0:
+        with writing(os.path.join(args.output_dir, "model")) as temporary:
+            save(model, state, temporary)
+            tokenizer.save_pretrained(temporary)
+    barrier()

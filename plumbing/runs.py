@@ -1,0 +1,265 @@
+"""A run: the start and the end of a script, its directory and its log.
+
+    run      start and end of a script; bad input is one line and exit code 2
+    RunLog   args.json, metrics.jsonl, samples.jsonl, the progress bar
+
+torch is imported where it is used: plots.py and the experiments start through here and need none of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from importlib.util import find_spec
+
+from tqdm import tqdm
+
+from plumbing.checkpoints import Stopped, complete_checkpoints, stop_on_signals
+from plumbing.cli import check_flags
+from plumbing.files import (
+    InputError,
+    read_json,
+    read_jsonl,
+    reading,
+    reason,
+    remove,
+    schema_error,
+    write_json,
+    write_jsonl,
+)
+
+# ------------------------------------------------------------------------------ start and end of a script
+
+
+def run(main, args) -> None:
+    """Call main(args), for a script with models in torchrun's process group. Bad input ends in one line on
+    stderr and exit code 2.
+
+    SIGTERM and the first Ctrl-C let a training step finish and save (`checkpoint_due`), exit code 143;
+    a second Ctrl-C, or the first where nothing is trained, stops at once, exit code 130. A rank that fails
+    says so and leaves at once; the others, cut off from it, leave in silence, or on GPUs torchrun ends them
+    after 30 s. (It then exits with 1 itself, whatever its ranks exit with.)"""
+    first_to_fail, grouped = (lambda: True), False
+    try:
+        if hasattr(args, "fsdp"):  # a script with models; the others need no torch
+            from plumbing import distributed
+
+            grouped = distributed.start_processes(args.cudnn_attention)
+            first_to_fail = distributed.first_to_fail
+            if args.fsdp and not grouped:
+                line = f"torchrun --nproc-per-node 1 {' '.join(sys.argv)}"
+                raise InputError(f"--fsdp needs torchrun, also for one process: {line}")
+            check_flags(args, distributed.world_size())
+            if hasattr(args, "resume") and distributed.rank() == 0:
+                claim_folder(args)
+        main(args)
+        if not grouped:
+            return
+        distributed.end_processes()
+        message, code = "", 0
+    except InputError as error:
+        message, code = f"{os.path.basename(sys.argv[0])}: error: {error}", 2
+    except Stopped as stopped:
+        message = f"stopped after step {stopped}; the same command with --resume goes on from there"
+        code = 143
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+        if hasattr(args, "resume"):
+            message += "; --resume goes on from the last checkpoint, if there is one"
+    except Exception:
+        if not grouped:
+            raise
+        message, code = traceback.format_exc(), 1
+    RunLog.close()  # else the bar would be drawn once more, below the message
+    if code and first_to_fail():
+        print(message, file=sys.stderr)
+    if grouped:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # at once: an orderly end would wait for ranks that sit in a collective
+    raise SystemExit(code)
+
+
+def lock(folder: str) -> None:
+    """Take an --output-dir for this process, until it ends. Raises InputError if another one works there."""
+    import filelock
+
+    pid_file = os.path.join(folder, ".pid")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        _locks[folder] = _locks.get(folder) or filelock.FileLock(os.path.join(folder, ".lock"))
+        _locks[folder].acquire(timeout=0)
+        with open(pid_file, "w") as file:
+            file.write(str(os.getpid()))
+    except filelock.Timeout:
+        with reading(pid_file), open(pid_file) as file:
+            pid = file.read()
+        raise InputError(f"--output-dir {folder}: process {pid} writes there. End it first") from None
+    except OSError as error:
+        raise InputError(f"cannot write to --output-dir {folder} ({reason(error)})") from None
+
+
+_locks: dict = {}  # held until the process ends
+
+
+def claim_folder(args) -> None:
+    """Lock --output-dir for this process, and refuse to mix its run with another one: a used folder needs
+    --resume or --overwrite, and a resumed run the flags that it had. Raises InputError."""
+    if args.tensorboard and not find_spec("tensorboard"):
+        raise InputError("--tensorboard needs its package: pip install tensorboard")
+    out = args.output_dir
+    args_file = os.path.join(out, "args.json")
+    lock(out)
+    if args.overwrite and (args.resume or args.resume_anyway):
+        raise InputError("--overwrite starts afresh and --resume goes on: give one of them")
+    replaced = [os.path.realpath(os.path.join(out, name)) for name in ("model", "adapter")]
+    for name, value in vars(args).items():
+        if isinstance(value, str) and os.path.realpath(value) in replaced:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} {value} is what this run replaces: give another --output-dir")
+    if not os.path.exists(args_file) or args.overwrite:
+        return
+    if not (args.resume or args.resume_anyway):
+        raise InputError(
+            f"{out} holds a run: --resume it, lose it by --overwrite, or give another --output-dir"
+        )
+    before, now = read_json(args_file), json.loads(json.dumps(vars(args)))
+    if schema_error(before, {"seed": int, "steps": int}):
+        raise InputError(f"{args_file}: holds no flags")
+    # what the run did not know yet was off; a number had its default, which nothing here knows
+    off = {k: False if v is True else None if isinstance(v, str | list) else v for k, v in now.items()}
+    was = off | before
+    changed = [k for k in now if k not in MAY_CHANGE and now[k] != was[k]]
+    if changed and not args.resume_anyway:
+        problem = ", ".join(f"--{k.replace('_', '-')} {was[k]} -> {now[k]}" for k in changed)
+        raise InputError(f"{out} was another run: {problem}. Give its flags, or go on by --resume-anyway")
+    if not complete_checkpoints(out) and os.path.exists(os.path.join(out, "model")):
+        problem = "a finished run without a checkpoint (--save-every), from which nothing can go on"
+        raise InputError(f"{out} holds {problem}: lose it by --overwrite, or give another --output-dir")
+    done = max(complete_checkpoints(out), default=0)
+    if done > args.steps and not getattr(args, "epochs", 0):
+        raise InputError(f"{out} has done {done} steps, and --steps {args.steps} asks for fewer")
+
+
+# what a resumed run may do otherwise: where and on what it runs, how much it logs, how long it is
+MAY_CHANGE = frozenset(
+    "output_dir resume resume_anyway overwrite save_every keep sample_every steps epochs fsdp cpu_offload "
+    "offload_frozen cudnn_attention activation_checkpointing micro_batch_size tensorboard".split()
+)
+
+
+# ------------------------------------------------------------------------------ the run's directory
+
+
+class Lines:
+    """What a progress bar writes to where stderr is no terminal: plain lines."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(*args, **options) -> tqdm:
+    """tqdm's bar; in a log file or under a scheduler a line a minute."""
+    if not sys.stderr.isatty():
+        options |= {"file": Lines(), "mininterval": 60, "maxinterval": 60, "ncols": 100}
+    return tqdm(*args, **{"dynamic_ncols": True, "smoothing": 0.05} | options)
+
+
+class Laps:
+    """Where a step's time goes: lap("rollout") notes the seconds since the last lap as seconds_rollout."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        from plumbing.distributed import wait_for_device
+
+        wait_for_device()
+        now = time.perf_counter()
+        self.seconds[f"seconds_{name}"], self.last = now - self.last, now
+
+
+class RunLog:
+    """args.json, metrics.jsonl and samples.jsonl of a run, written by rank 0, and its progress bar."""
+
+    open_bar = None
+
+    def __init__(self, args, name: str, shown: tuple[str, ...], first_step: int = 0):
+        from plumbing.distributed import rank
+
+        self.args, self.folder, self.shown = args, args.output_dir, shown
+        self.main, self.first_step, self.begun = rank() == 0, first_step, False
+        self.bar = progress(total=args.steps, initial=first_step, desc=name, disable=not self.main)
+        RunLog.open_bar = self.bar
+        stop_on_signals()
+
+    def _begin(self) -> None:
+        """Just before the first line is written: a run that dies earlier has touched nothing.
+
+        What a resumed run computes again, it logs again; a fresh run replaces all of an older one."""
+        self.begun = True
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = os.path.join(self.folder, name)
+            resumed = self.first_step and os.path.exists(path) and os.path.getsize(path)
+            old = read_jsonl(path, {"step": int}) if resumed else []
+            if kept := [row for row in old if row["step"] < self.first_step]:
+                write_jsonl(path, kept)
+            else:
+                remove(path)
+        if not self.first_step:
+            for name in ("checkpoints", "model", "adapter", "tensorboard"):
+                remove(os.path.join(self.folder, name))
+        if self.args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # steps that are computed again replace those of before
+            self.board = SummaryWriter(os.path.join(self.folder, "tensorboard"), purge_step=self.first_step)
+        write_json(os.path.join(self.folder, "args.json"), vars(self.args))
+
+    def metrics(self, step: int, values: dict) -> None:
+        """This rank's means; logged is the mean over the ranks."""
+        from plumbing.distributed import mean_over_ranks, peak_memory
+
+        values = mean_over_ranks(values) | peak_memory()
+        if self.main:
+            self._append("metrics.jsonl", [{"step": step} | values])
+            self.bar.set_postfix({k: f"{values[k]:.3g}" for k in self.shown if k in values}, refresh=False)
+            self.bar.update()
+            if self.args.tensorboard:
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
+                self.board.flush()
+
+    def samples(self, step: int, rollout: dict) -> None:
+        """Up to eight responses of a rollout."""
+        if self.main:
+            names = ("prompt", "response", "reward", "cost", "kl")
+            scores = [rollout[name][:8].tolist() for name in names[2:]]
+            rows = [dict(zip(names, row)) for row in zip(rollout["prompts"], rollout["responses"], *scores)]
+            self._append("samples.jsonl", [{"step": step} | row for row in rows])
+            row = rows[0]
+            numbers = "  ".join(f"{k} {v:+.2f}" for k, v in row.items() if isinstance(v, float))
+            text = f"[{self.bar.desc} step {step}] {row['prompt']}\n    {row['response']}\n    {numbers}"
+            self.bar.write(text, file=sys.stderr)
+
+    def _append(self, name: str, rows: list[dict]) -> None:
+        if not self.begun:
+            self._begin()
+        try:
+            with open(os.path.join(self.folder, name), "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            raise InputError(f"cannot write {name} in {self.folder} ({reason(error)})") from None
+
+    @staticmethod
+    def close() -> None:
+        if RunLog.open_bar is not None:
+            RunLog.open_bar.close()
