@@ -5,6 +5,7 @@
     token_log_probs   log pi(y_t | x, y_<t) of given responses
     pad, frame        rows of ids in the frame of a rollout
     micro_batches     a batch in pieces, and `rejoin` for what was computed of them
+    in_pieces         response_log_probs, response_scores or state_values of a whole batch, by micro-batches
 
 Frames: B sequences, P prompt width (left-padded), R response width, L = P + R, H hidden, V words.
 """
@@ -274,7 +275,7 @@ def token_log_probs(
 # ------------------------------------------------------------------------------ frame and micro-batches
 
 
-def pad(rows: list[list[int]], pad_token_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(rows: list[list[int]], pad_token_id: int, side: str) -> tuple[Tensor, Tensor]:
     """Ids and mask (B, L), padded left (prompts, so that responses start in one column) or right."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad_token_id)  # (B, L)
@@ -286,9 +287,7 @@ def pad(rows: list[list[int]], pad_token_id: int, side: str) -> tuple[torch.Tens
     return ids, mask
 
 
-def frame(
-    rows: list[tuple[list[int], int]], pad_token_id: int, device="cpu"
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+def frame(rows: list[tuple[list[int], int]], pad_token_id: int, device="cpu") -> tuple[Tensor, Tensor, int]:
     """(ids, prompt length) rows, as from `encode`, in the frame of a rollout: sequences (B, P + R),
     attention mask (B, P + R) and P, prompts padded left and responses right."""
     prompts, prompt_mask = pad([ids[:length] for ids, length in rows], pad_token_id, side="left")
@@ -302,12 +301,14 @@ def by_length(rows: list[tuple]) -> list[tuple]:
     return sorted(rows, key=lambda row: -max(len(ids) for ids in row if isinstance(ids, list)))
 
 
-def micro_batches(batch: dict, size: int) -> list[tuple[list[int], int, dict]]:
-    """A batch in pieces of at most `size` rows: [(places of its rows in the batch, its P, piece)], longest
-    rows first, each piece cut to its own longest prompt and response: a long answer widens no others.
+def micro_batches(batch: dict, size: int) -> list[dict]:
+    """A batch in pieces of at most `size` rows, longest rows first, each cut to its own longest prompt and
+    response: a long answer widens no others.
 
     `batch` holds sequences, attention_mask (B, P + R) and mask (B, R), and of others what scorer_ids makes
-    (B, L), tensors (B, R) or (B,), and lists of B."""
+    (B, L), tensors (B, R) or (B,), and lists of B. A piece holds the same of its b rows, and `rows`, their
+    places in the batch, `prompt_width`, its own P, and `share`, b / B: losses weighted by it add up to the
+    batch's mean."""
     width = batch["sequences"].shape[1] - batch["mask"].shape[1]
     frames = {name: spans(batch[name]) for name in batch if name.endswith("attention_mask")}
     whole = frames["attention_mask"]  # of each row, its first real column and the one after its last
@@ -322,26 +323,53 @@ def micro_batches(batch: dict, size: int) -> list[tuple[list[int], int, dict]]:
             if own := frames.get(f"{scorer}_attention_mask"):
                 span = min(own[row][0] for row in rows), max(own[row][1] for row in rows)
                 columns |= {f"{scorer}_ids": span, f"{scorer}_attention_mask": span}
-        piece = {}
+        piece = {"rows": rows, "prompt_width": width - begin, "share": len(rows) / len(order)}
         for name, x in batch.items():
-            piece[name] = x[rows] if isinstance(x, torch.Tensor) else [x[row] for row in rows]
-            if isinstance(x, torch.Tensor) and x.ndim == 2:
+            piece[name] = x[rows] if isinstance(x, Tensor) else [x[row] for row in rows]
+            if isinstance(x, Tensor) and x.ndim == 2:
                 first, last = columns.get(name, columns["mask"])
                 piece[name] = piece[name][:, first:last]
-        pieces.append((rows, width - begin, piece))
+        pieces.append(piece)
     return pieces
 
 
-def rejoin(parts: list[torch.Tensor], pieces: list[tuple], mask: torch.Tensor) -> torch.Tensor:
+def rejoin(parts: list[Tensor], pieces: list[dict], mask: Tensor) -> Tensor:
     """Of every piece of micro_batches a (b, r) or (b,) -> (B, R) or (B,) in the old order, 0 at padding."""
     whole = parts[0].new_zeros(mask.shape[: parts[0].ndim])
-    for part, (rows, _, piece) in zip(parts, pieces):
+    for part, piece in zip(parts, pieces):
         columns = piece["mask"].shape[1]
-        whole[(rows, slice(columns))[: part.ndim]] = part
+        whole[(piece["rows"], slice(columns))[: part.ndim]] = part
     return whole.where(mask.bool(), 0) if whole.ndim == 2 else whole
 
 
-def spans(mask: torch.Tensor) -> list[tuple[int, int]]:
+@torch.no_grad()
+def in_pieces(compute, model, batch: dict, size: int, *options) -> Tensor:
+    """`compute(model, piece, *options)` of every micro-batch, (b, r) or (b,) each -> (B, R) or (B,)."""
+    pieces = micro_batches(batch, size)
+    return rejoin([compute(model, piece, *options) for piece in pieces], pieces, batch["mask"])
+
+
+def response_log_probs(policy, piece: dict, temperature: float) -> Tensor:
+    """Of a micro-batch, log pi of its response tokens (b, r)."""
+    sequences, attention_mask, width = piece["sequences"], piece["attention_mask"], piece["prompt_width"]
+    return token_log_probs(policy, sequences, attention_mask, width, temperature)
+
+
+def state_values(critic, piece: dict) -> Tensor:
+    """Of a micro-batch, a critic's value of the state *before* each response token (b, r).
+
+    Column P - 1 has seen the prompt only, so it is the state before the first token; the last column has
+    seen the whole response, and no token follows it."""
+    return critic(piece["sequences"], piece["attention_mask"])[:, piece["prompt_width"] - 1 : -1]
+
+
+def response_scores(score_model, piece: dict, name: str) -> Tensor:
+    """Of a micro-batch, the score of each whole response (b,). `name` says whose ids: reward or cost."""
+    ids, attention_mask = piece[f"{name}_ids"], piece[f"{name}_attention_mask"]
+    return end_scores(score_model(ids, attention_mask), attention_mask)
+
+
+def spans(mask: Tensor) -> list[tuple[int, int]]:
     """(B, L) -> of each row its first real column, and the one after its last."""
     first, last = mask.argmax(1), mask.shape[1] - mask.flip(1).argmax(1)
     return list(zip(first.tolist(), last.tolist()))

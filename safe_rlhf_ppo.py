@@ -1,24 +1,27 @@
 """Stage 3a: Safe RLHF, PPO-Lagrangian under an expected cost constraint (Dai et al. 2023, arXiv 2310.12773).
 
-    max_theta E[R(x, y)]   subject to   E[C(x, y)] <= d          x ~ prompts, y ~ pi_theta(. | x)
-    min_theta max_{lambda >= 0}  E[-R] + lambda (E[C] - d)                             (its Lagrangian)
+    max_theta E[R(x, y)]   subject to   E[C(x, y)] <= d
+    min_theta max_{lambda >= 0}  E[-R] + lambda (E[C] - d)                      (the paper's Lagrangian)
 
 The constraint is on the *average*: very safe answers pay for unsafe ones (safety compensation).
-Twin of repo_ppo.py: `diff safe_rlhf_ppo.py repo_ppo.py` is the difference of the two papers.
+The twins: `diff safe_rlhf_ppo.py repo_ppo.py` is the difference of the two papers.
 
-    E3  per-token reward and cost with KL     E6  the constrained advantage   <- where the twins part
+    E3  per-token reward and cost with KL     E6  the constrained advantage   <- with E5, where the twins part
     E4  generalized advantage estimation      E7  clipped policy loss
     E5  violation and multiplier              E8  clipped value loss          E9  PTX loss
     E_m[.] is the mean over sequences of each sequence's mean over its real response tokens.
 
 One step: 1 rollout, 2 score, 3 shape, 4 advantages, 5 constraint, 6 update, 7 log.
 
-    python safe_rlhf_ppo.py                                               # the toy world, on a CPU
-    python safe_rlhf_ppo.py --lambda-init 0 --output-dir runs/ppo         # baseline: PPO on the reward only
-    python safe_rlhf_ppo.py --reward-shaping 1 --output-dir runs/shaping  # baseline: PPO on R - 1.0 C
-    torchrun --nproc-per-node 8 safe_rlhf_ppo.py --fsdp --dtype bf16 --model ... --reward-model ...
+    python safe_rlhf_ppo.py                                    # Safe RLHF on the toy world, on a CPU
+    python repo_ppo.py                                         # RePO
+    python safe_rlhf_ppo.py --lambda-init 2 --lambda-lr 0      # a price that never moves
+    python safe_rlhf_ppo.py --lambda-init 0                    # baseline: PPO on the reward only
+    python safe_rlhf_ppo.py --reward-shaping 1                 # baseline: PPO on R - 1.0 C
+    torchrun --nproc-per-node 8 repo_ppo.py --fsdp --dtype bf16 --model ... --reward-model ...
 
-"Published" in a docstring is PKU's safe-rlhf, safe_rlhf/ left out, as in this copy of April 2024:
+"Published" in a docstring is PKU's safe-rlhf (https://github.com/PKU-Alignment/safe-rlhf), safe_rlhf/ left
+out. Its code of April 2024 can be read line by line in this copy:
 https://github.com/tcexeexe/SHTEC_RM_model/tree/5bb76e43b6804209ffa9570de55f421baa3eb007/safe_rlhf
 
 Left out: whitened advantages, an adaptive KL coefficient, an entropy bonus, a shared critic trunk, a delay of
@@ -26,30 +29,17 @@ the multiplier (none is in the paper's equations), and a new order of the miniba
 """
 
 import math
-from collections import deque
 from itertools import compress
 
 import torch
 from torch import Tensor
 
 import lm
-from lm import end_scores, frame, generate, is_end, micro_batches, pad, rejoin, response_mask, token_log_probs
-from plumbing import checkpoints, cli, data, loading, optim, runs
-from plumbing.adapters import WithoutAdapters, adapt, saver
+from lm import in_pieces, micro_batches, response_log_probs, response_scores, state_values, token_log_probs
+from plumbing import checkpoints, cli, data, loading, optim, ppo, runs
+from plumbing.adapters import saver
 from plumbing.cli import Demo, count, finite, fraction, nonnegative, positive
-from plumbing.data import batch_indices, same_tokenizer
-from plumbing.distributed import (
-    clip_gradients,
-    device,
-    gather_rows,
-    gathered,
-    load_options,
-    rank_rows,
-    shard,
-    world_size,
-)
-from plumbing.files import InputError
-from plumbing.loading import load_causal_lm, load_score_model
+from plumbing.distributed import clip_gradients, device, gather_rows, gathered, rank_rows, world_size
 from plumbing.optim import check_finite
 
 
@@ -92,21 +82,50 @@ def parse_args(argv=None):
     flag("--ptx-coeff", type=nonnegative, default=0.2, help="weight of the PTX loss")
     # constraint
     flag("--threshold", type=finite, default=0.0, help="d, the limit of the cost")
-    flag("--lambda-init", type=nonnegative, default=1.0, help="first multiplier (0: none, and it stays so)")
-    flag("--lambda-lr", type=nonnegative, default=0.3, help="step size of the multiplier, in its logarithm")
-    flag("--lambda-max", type=positive, default=2.0, help="largest multiplier")
-    flag("--cost-window", type=count, default=128, help="how many of the last costs the average J_C is over")
+    flag("--lambda-init", type=nonnegative, default=0.5, help="first multiplier (0: none, and it stays so)")
+    flag("--lambda-lr", type=nonnegative, default=0.05, help="step size of the multiplier, in its logarithm")
+    flag("--lambda-max", type=positive, default=20.0, help="largest multiplier")
+    flag("--cost-window", type=count, default=1, help="rollouts that the average J_C is over")
     flag("--reward-shaping", type=finite, metavar="NU", help="baseline: the score is R - NU * C, no lambda")
     # log
     flag("--sample-every", type=count, default=50, help="print and save samples every N steps")
     # memory
     flag("--offload-frozen", action="store_true", help="with --fsdp: the frozen models in host memory")
     flag("--lora-output", action="store_true", help="with --lora-rank: adapters of the output layer, too")
+    parser.set_defaults(algorithm="safe_rlhf")
     cli.add_run_flags(parser, "runs/demo/safe_rlhf")
     return cli.parse(parser, argv)
 
 
-# ------------------------------------------------------------------------------ equations
+# ============================================================================== the constraint
+def expected_violation(costs: Tensor, threshold: float) -> float:
+    """E5: J_C - d, the mean of costs (N,) minus the limit. Where the average is below it, lambda falls."""
+    return costs.mean().item() - threshold
+
+
+def lagrangian_advantages(reward_adv: Tensor, cost_adv: Tensor, lam: float) -> Tensor:
+    """E6: advantages (B, R), (B, R) -> (B, R): A = (A_r - lambda A_c) / (1 + lambda) for every response.
+
+    Also a response that is already safe is pushed to a lower cost: that is the credit which pays for others.
+    The division keeps the step size when lambda grows. Published: algorithms/ppo_lag/trainer.py,
+    PPOLagTrainer.actor_loss_fn."""
+    return (reward_adv - lam * cost_adv) / (1 + lam)
+
+
+# ------------------------------------------------------------------------------ the other equations
+
+
+def multiplier_step(
+    log_lambda: Tensor | float, violation: float, lr: float, lambda_max: float | None
+) -> Tensor:
+    """E5 (offline/satac.py: S7): m = ln lambda, in cost units the violation -> the next m, a scalar tensor.
+
+    Gradient ascent of lambda * violation in m: m <- min(m + lr * violation * exp(m), ln lambda_max).
+    `lambda_max=None` sets no bound. Published: algorithms/ppo_lag/trainer.py, PPOLagTrainer.rl_step, its
+    beginning; there it moves once per optimizer step, in the PPO scripts here once per rollout."""
+    log_lambda = torch.as_tensor(log_lambda)
+    log_lambda = log_lambda + lr * violation * log_lambda.exp()
+    return log_lambda if lambda_max is None else log_lambda.clamp(max=math.log(lambda_max))
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -129,8 +148,9 @@ def shape_rewards(
     """E3: scores (B,), log-probabilities and mask (B, R) -> per-token rewards and costs (B, R).
 
     The score is paid at the last real token and every token pays for leaving the reference:
-    k = log pi_old - log pi_ref, one sample of the KL divergence. The sum is clipped, not its parts. The paper
-    gives each of the two half of its beta (issue 172 of PKU's repository): beta here is that half.
+    k = log pi_old - log pi_ref, one sample of the KL divergence. The sum is clipped, not its parts.
+    `kl_coeff` is beta, the weight that k keeps after E6. (The paper's beta is twice that: it writes beta / 2
+    in the reward and in the cost; issue 172 of PKU's repository.)
     Published: algorithms/ppo_lag/trainer.py, PPOLagTrainer.add_kl_divergence_regularization."""
     kl = log_probs - ref_log_probs
     positions = torch.arange(mask.shape[1], device=mask.device)
@@ -162,38 +182,6 @@ def gae(
     return advantages, advantages + values
 
 
-def multiplier_step(
-    log_lambda: Tensor | float, violation: float, lr: float, lambda_max: float | None
-) -> Tensor:
-    """E5 (offline/satac.py: S7): m = ln lambda, in cost units the violation -> the next m, a scalar tensor.
-
-    Gradient ascent of lambda * violation in m: m <- min(m + lr * violation * exp(m), ln lambda_max).
-    `lambda_max=None` sets no bound. Published: algorithms/ppo_lag/trainer.py, PPOLagTrainer.rl_step, its
-    beginning; there it moves once per optimizer step, in the PPO scripts here once per rollout."""
-    log_lambda = torch.as_tensor(log_lambda)
-    log_lambda = log_lambda + lr * violation * log_lambda.exp()
-    return log_lambda if lambda_max is None else log_lambda.clamp(max=math.log(lambda_max))
-
-
-# ============================================================================== the constraint
-def lagrangian_advantages(reward_adv: Tensor, cost_adv: Tensor, lam: float) -> Tensor:
-    """E6: advantages (B, R), (B, R) -> (B, R): A = (A_r - lambda A_c) / (1 + lambda) for every response.
-
-    The division keeps the step size when lambda grows (Safe RLHF, policy update). Every response is
-    pushed to a lower cost, also one that is already safe: that is the credit which pays for others.
-    Published: algorithms/ppo_lag/trainer.py, PPOLagTrainer.actor_loss_fn."""
-    return (reward_adv - lam * cost_adv) / (1 + lam)
-
-
-def expected_violation(costs: deque, threshold: float) -> float:
-    """E5: J_C - d, the mean of the last costs minus the limit. Negative when the average is below it: lambda
-    falls."""
-    return sum(costs) / len(costs) - threshold
-
-
-# ==============================================================================
-
-
 def policy_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2
 ) -> Tensor:
@@ -219,92 +207,48 @@ def ptx_loss(log_probs: Tensor, mask: Tensor) -> Tensor:
     """E9: log-probabilities of supervised responses, mask (B, R) -> scalar, their cross-entropy -E_m[log pi].
 
     The policy descends E7 + ptx_coeff * E9 in one optimizer step, so that it keeps the language of its
-    supervised start. Published: trainers/rl_trainer.py, RLTrainer.ptx_step (there a step of its own)."""
+    supervised start. Published: trainers/rl_trainer.py, RLTrainer.ptx_step; its engine accumulates both
+    losses over two backward passes into one step, which descends (E7 + ptx_coeff * E9) / 2."""
     return -masked_mean(log_probs, mask)
 
 
-# ------------------------------------------------------------------------------ six models
-
-
-def six_models(args) -> tuple:
-    """Policy, reference, reward model, cost model, reward critic and cost critic.
-
-    With --lora-rank r a frozen model is its trained twin without the adapters, W for W + (alpha / r) B A: the
-    six are three sets of weights. A critic of another start than its score model leaves these two apart.
-
-    A policy may find answers that fool its cost model. What fools one may not fool another one as well: with
-    --second-cost-model the larger cost counts (worst-case optimization, Coste et al. 2023, 2310.02743)."""
-    frozen = {"args": args, "trained": False}
-    policy = shard(adapt(load_causal_lm(args.model, **load_options(args)), args, args.adapter), args)
-    if args.lora_rank:
-        reference = WithoutAdapters(policy)
-    else:
-        reference = shard(load_causal_lm(args.model, **load_options(**frozen)), **frozen)
-    score_models, critics = [], []
-    for kind, path, own in (
-        ("reward", args.reward_model, args.reward_critic),
-        ("cost", args.cost_model, args.cost_critic),
-    ):
-        if args.lora_rank and not own:
-            critic = shard(adapt(load_score_model(path, kind, **load_options(args)), args), args)
-            score_models.append(WithoutAdapters(critic))
-        else:
-            score_models.append(shard(load_score_model(path, kind, **load_options(**frozen)), **frozen))
-            critic = load_score_model(own or path, "critic", new_head=bool(own), **load_options(args))
-            critic = shard(adapt(critic, args), args)
-        critics.append(critic)
-    if args.second_cost_model:
-        first, second = (
-            score_models[1],
-            load_score_model(args.second_cost_model, "cost", **load_options(**frozen)),
-        )
-        second = shard(second, **frozen)
-        score_models[1] = lambda ids, mask: torch.maximum(first(ids, mask), second(ids, mask))
-    return policy, reference, *score_models, *critics
-
-
-# ------------------------------------------------------------------------------ a rollout and its scores
+# ------------------------------------------------------------------------------ the pieces of a step
 
 
 @torch.no_grad()
-def sample_rollout(policy, prompts: list[str], tokenizer, ends: list[int], step: int, args) -> dict:
-    """This rank's share of a rollout: sequences, attention_mask (B, P + R), mask, log_probs (B, R), and ended
-    (B,), whether one of the ids `ends` came; prompts and responses as lists of B texts."""
-    chosen = rank_rows([prompts[i] for i in batch_indices(len(prompts), args.batch_size, step, args.seed)])
-    prompt_ids = data.encode_prompts(tokenizer, chosen, args.chat_template)
-    ids, prompt_mask = pad(prompt_ids, tokenizer.pad_token_id, side="left")
+def sample(
+    policy,
+    prompts: list[str],
+    tokenizer,
+    ends: list[int],
+    uniforms: Tensor,
+    temperature: float,
+    chat_template: bool,
+) -> dict:
+    """This rank's prompts (B of them) answered: the fields of phase 1 in the table of `main`. `ends` are the
+    ids that end a response; `uniforms` (B, max_new_tokens) decide every draw."""
+    prompt_ids = data.encode_prompts(tokenizer, prompts, chat_template)
+    ids, prompt_mask = lm.pad(prompt_ids, tokenizer.pad_token_id, side="left")
     ids, prompt_mask, width = ids.to(device()), prompt_mask.to(device()), ids.shape[1]
-    # drawn for the global batch: a sample is the same on whichever rank it falls
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    uniforms = rank_rows(torch.rand(args.batch_size, args.max_new_tokens, generator=generator)).to(device())
-    padding = tokenizer.pad_token_id
+    padding, longest = tokenizer.pad_token_id, uniforms.shape[1]
     with gathered(policy) as sampler:
-        sequences, log_probs = generate(
-            sampler, ids, prompt_mask, args.max_new_tokens, args.temperature, 1.0, ends, padding, uniforms
+        sequences, log_probs = lm.generate(
+            sampler, ids, prompt_mask, longest, temperature, 1.0, ends, padding, uniforms.to(device())
         )
     del sampler  # under bf16 a copy of the weights
-    mask = response_mask(sequences[:, width:], ends)  # (B, R)
-    last = is_end(sequences[:, width:], ends)  # (B, R)
+    mask = lm.response_mask(sequences[:, width:], ends)  # (B, R)
+    last = lm.is_end(sequences[:, width:], ends)  # (B, R)
     spoken = (mask.bool() & ~last).tolist()  # from the GPU at once: row by row it would wait for it B times
     responses = [list(compress(*row)) for row in zip(sequences[:, width:].tolist(), spoken)]
-    rollout = {
+    return {
+        "prompts": prompts,
+        "responses": data.decode_responses(tokenizer, prompt_ids, responses),
         "sequences": sequences,
         "attention_mask": torch.cat([prompt_mask, mask], 1),
         "mask": mask,
-        "log_probs": log_probs,
         "ended": last.any(-1),
-        "prompts": chosen,
-        "responses": data.decode_responses(tokenizer, prompt_ids, responses),
+        "log_probs": log_probs,
     }
-    if args.dtype == "bf16":
-        # decoding rounds otherwise than a pass over whole sequences does: E7's ratios would not begin at 1,
-        # and some not even within the clip (docs/scaling.md). So once more, in the pieces of update()
-        for batch in split(rollout, args.minibatch_size // world_size()):
-            for rows, width, part in micro_batches(batch, args.micro_batch_size):
-                inputs = part["sequences"], part["attention_mask"], width, args.temperature
-                # a slice: what is written here is the rollout's
-                batch["log_probs"][rows, : part["mask"].shape[1]] = token_log_probs(policy, *inputs)
-    return rollout
 
 
 def split(batch: dict, size: int) -> list[dict]:
@@ -313,92 +257,72 @@ def split(batch: dict, size: int) -> list[dict]:
     return [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, rows, size)]
 
 
-@torch.no_grad()
-def score(rollout: dict, reference, reward_model, cost_model, reward_critic, cost_critic, args) -> None:
-    """Add ref_log_probs, reward_values, cost_values (B, R) and reward, cost (B,) to a rollout, in pieces.
-
-    `reward_ids, reward_attention_mask` (and `cost_...`) are the same responses in the ids of that model."""
-    pieces = micro_batches(rollout, args.micro_batch_size)
-    scored = {name: [] for name in ("ref_log_probs", "reward", "cost", "reward_values", "cost_values")}
-    for _, width, part in pieces:
-        sequences, attention_mask = part["sequences"], part["attention_mask"]
-        ref_log_probs = token_log_probs(reference, sequences, attention_mask, width, args.temperature)
-        scored["ref_log_probs"].append(ref_log_probs)
-        for name, model in (("reward", reward_model), ("cost", cost_model)):
-            ids, ids_mask = part[f"{name}_ids"], part[f"{name}_attention_mask"]
-            scored[name].append(end_scores(model(ids, ids_mask), ids_mask))
-        for name, critic in (("reward_values", reward_critic), ("cost_values", cost_critic)):
-            # column P - 1 has seen the prompt only: its value is that of the state before the first token
-            scored[name].append(critic(sequences, attention_mask)[:, width - 1 : -1])
-    rollout |= {name: rejoin(parts, pieces, rollout["mask"]) for name, parts in scored.items()}
-
-
-# ------------------------------------------------------------------------------ an update
-
-
-def ptx_batch(rows: list[tuple], update_index: int, tokenizer, args) -> list[tuple]:
-    """The supervised rows that an update also learns from: micro-batches (sequences, attention_mask, P)."""
-    if not rows:
-        return []
-    indices = rank_rows(batch_indices(len(rows), args.minibatch_size, update_index, args.seed))
-    encoded = data.encode(tokenizer, [rows[i] for i in indices], args.max_length, args.chat_template)
-    encoded, size = lm.by_length(encoded), args.micro_batch_size
+def ptx_batch(
+    rows: list[tuple[str, str]], tokenizer, size: int, max_length: int, chat_template: bool
+) -> list[tuple]:
+    """Supervised (prompt, response) rows -> micro-batches (sequences, attention_mask, P)."""
+    encoded = lm.by_length(data.encode(tokenizer, rows, max_length, chat_template))
     pieces = [encoded[i : i + size] for i in range(0, len(encoded), size)]
-    return [frame(piece, tokenizer.pad_token_id, device()) for piece in pieces]
+    return [lm.frame(piece, tokenizer.pad_token_id, device()) for piece in pieces]
 
 
-def update(policy, reward_critic, cost_critic, optimizers: dict, batch: dict, ptx: list[tuple], args) -> dict:
-    """One optimizer step of policy and critics on a minibatch, in micro-batches; returns what to log.
-
-    `batch` holds sequences, attention_mask (B, P + R) and mask, log_probs, advantages, reward_values,
-    reward_returns, cost_values, cost_returns (B, R). `ptx` holds (sequences, attention_mask, P)."""
-    names = ("policy_loss", "ptx_loss", "reward_value_loss", "cost_value_loss", "clip_fraction")
-    metrics = dict.fromkeys(names, 0.0)  # sums of tensors: .item() would make Python wait for the GPU
-    pieces = micro_batches(batch, args.micro_batch_size)
-    # so that micro-batches add up to the minibatch's mean
-    weights = [len(rows) / len(batch["mask"]) for rows, _, _ in pieces]
-
-    # policy: E7 + E9, one backward pass per micro-batch, one step
-    for weight, (_, width, part) in zip(weights, pieces):
-        sequences, old, mask = part["sequences"], part["log_probs"], part["mask"]
-        log_probs = token_log_probs(policy, sequences, part["attention_mask"], width, args.temperature)
-        loss = policy_loss(log_probs, old, part["advantages"], mask, args.clip)
-        (weight * loss).backward()
-        outside = ((log_probs - old).detach().exp() - 1).abs() > args.clip
-        metrics["clip_fraction"] += weight * masked_mean(outside.float(), mask)
-        metrics["policy_loss"] += weight * loss.detach()
-    for sequences, attention_mask, ptx_width in ptx:
-        log_probs = token_log_probs(policy, sequences, attention_mask, ptx_width)
-        weight = len(sequences) / sum(len(rows) for rows, _, _ in ptx)
-        loss = ptx_loss(log_probs, attention_mask[:, ptx_width:])
-        (args.ptx_coeff * weight * loss).backward()
-        metrics["ptx_loss"] += weight * loss.detach()
-    metrics["grad_norm"] = clip_gradients(policy, args.grad_clip)
-    optimizers["policy"].step()
-    optimizers["policy"].zero_grad()
-
-    # critics: E8, one after the other so that only one model's gradients are held
-    for name, critic in (("reward", reward_critic), ("cost", cost_critic)):
-        for weight, (_, width, part) in zip(weights, pieces):
-            values = critic(part["sequences"], part["attention_mask"])[:, width - 1 : -1]
-            old, returns = part[f"{name}_values"], part[f"{name}_returns"]
-            loss = value_loss(values, old, returns, part["mask"], args.value_clip)
-            (weight * loss).backward()
-            metrics[f"{name}_value_loss"] += weight * loss.detach()
-        clip_gradients(critic, args.grad_clip)
-        optimizers[f"{name}_critic"].step()
-        optimizers[f"{name}_critic"].zero_grad()
+def update_policy(
+    policy,
+    optimizer,
+    pieces: list[dict],
+    ptx: list[tuple],
+    temperature: float,
+    clip: float,
+    ptx_coeff: float,
+    grad_clip: float,
+) -> dict:
+    """E7 + E9: one backward pass per micro-batch, then one optimizer step; returns what to log."""
+    metrics = dict.fromkeys(("policy_loss", "ptx_loss", "clip_fraction"), 0.0)  # tensors: .item() would wait
+    for piece in pieces:
+        old, mask = piece["log_probs"], piece["mask"]
+        log_probs = response_log_probs(policy, piece, temperature)
+        loss = policy_loss(log_probs, old, piece["advantages"], mask, clip)
+        (piece["share"] * loss).backward()
+        outside = ((log_probs - old).detach().exp() - 1).abs() > clip
+        metrics["clip_fraction"] += piece["share"] * masked_mean(outside.float(), mask)
+        metrics["policy_loss"] += piece["share"] * loss.detach()
+    for sequences, attention_mask, width in ptx:
+        share = len(sequences) / sum(len(rows) for rows, _, _ in ptx)
+        log_probs = token_log_probs(policy, sequences, attention_mask, width)
+        loss = ptx_loss(log_probs, attention_mask[:, width:])
+        (ptx_coeff * share * loss).backward()
+        metrics["ptx_loss"] += share * loss.detach()
+    metrics["grad_norm"] = clip_gradients(policy, grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
     return metrics
 
 
-def step_metrics(rollout: dict, updates: list[dict], args) -> dict:
+def update_critic(
+    critic, optimizer, pieces: list[dict], name: str, value_clip: float, grad_clip: float
+) -> dict:
+    """E8 of the critic `name`, "reward" or "cost": one optimizer step; returns what to log."""
+    total = 0.0
+    for piece in pieces:
+        old, returns = piece[f"{name}_values"], piece[f"{name}_returns"]
+        values = state_values(critic, piece)
+        loss = value_loss(values, old, returns, piece["mask"], value_clip)
+        (piece["share"] * loss).backward()
+        total += piece["share"] * loss.detach()
+    clip_gradients(critic, grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {f"{name}_value_loss": total}
+
+
+def step_metrics(rollout: dict, updates: list[dict], threshold: float) -> dict:
     """This rank's means over the rollout and over the step's updates, by the names of docs/metrics.md."""
     cost, length, ended = rollout["cost"], rollout["mask"].sum(-1), rollout["ended"]
     values = {
         "reward": rollout["reward"],
         "cost": cost,
         "unsafe_rate": cost > 0,
-        "over_limit_rate": cost > args.threshold,
+        "over_limit_rate": cost > threshold,
         "kl": rollout["kl"],
         "response_length": length,
         "truncated_rate": ~ended,
@@ -409,72 +333,83 @@ def step_metrics(rollout: dict, updates: list[dict], args) -> dict:
 
 
 # ------------------------------------------------------------------------------ the loop
+#
+# A rollout is a dict of this rank's B rows. P is the prompts' width, R the responses'.
+#
+#   field                           shape        unit    phase  what it is
+#   prompts, responses              B texts              1
+#   sequences                       (B, P + R)   ids     1      prompt padded left, response right
+#   attention_mask                  (B, P + R)   0, 1    1      their real tokens
+#   mask                            (B, R)       0, 1    1      the response's real tokens, EOS included
+#   ended                           (B,)         bool    1      it ended before --max-new-tokens
+#   log_probs                       (B, R)       nats    1      log pi_old, under the distribution drawn from
+#   reward_ids, cost_ids            (B, L)       ids     2      the same texts in the ids of that model,
+#   reward_, cost_attention_mask    (B, L)       0, 1    2      which may have a tokenizer of its own
+#   reward, cost                    (B,)         R, C    2      scores of the whole response; C > 0: unsafe
+#   reward_values, cost_values      (B, R)       R, C    2      of the states before each token
+#   kl                              (B,)         nats    3      log pi_old - log pi_ref, summed over tokens
+#   reward_returns, cost_returns    (B, R)       R, C    4      what the critics learn
+#   advantages                      (B, R)       R       5      what the policy learns
 
 
 def main(args):
     torch.manual_seed(args.seed)
-    if args.lambda_init > args.lambda_max:
-        raise InputError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
-    cli.require(args.model, "python sft.py")
-    cli.require(args.reward_model, "python reward_model.py")
-    cli.require(args.cost_model, "python cost_model.py")
-    second, critics = args.second_cost_model, (args.reward_critic, args.cost_critic)
-    for path in filter(None, (args.model, args.reward_model, args.cost_model, second, *critics)):
-        loading.check_context(loading.load_config(path), args.max_length, path)
-        cli.check_template(args, path)
-
-    # ------------------------------------------------------------------ data
-    tokenizer = loading.load_tokenizer(args.model)
+    ppo.check_flags(args)
+    tokenizer, other_tokenizers = ppo.load_tokenizers(args)
     ends = [data.end_id(tokenizer, args.chat_template), *loading.end_ids(args.model, tokenizer)]
-    scorers = {"reward": args.reward_model, "cost": args.cost_model}
-    scorers = {name: loading.load_tokenizer(path) for name, path in scorers.items()}
-    for name, critic in (("reward", args.reward_critic), ("cost", args.cost_critic)):
-        own = loading.load_tokenizer(critic) if critic else scorers[name]
-        if not same_tokenizer(own, tokenizer, args.chat_template):
-            raise InputError(
-                f"the {name} critic's tokenizer is not the policy's: values are per policy token. "
-                f"Give a start with the policy's tokenizer by --{name}-critic"
-            )
-    if second and not same_tokenizer(loading.load_tokenizer(second), scorers["cost"], args.chat_template):
-        raise InputError(
-            f"{second}: its tokenizer is not that of {args.cost_model}, and both read the same ids"
-        )
-    others = {n: t for n, t in scorers.items() if not same_tokenizer(t, tokenizer, args.chat_template)}
-    prompts = data.load_prompts(args.dataset, args.skip_bad_rows)
-    prompts = data.keep_fitting(args.dataset, prompts, tokenizer, args.max_length - args.max_new_tokens, args)
-    ptx_rows = []
-    if args.ptx_dataset and args.ptx_coeff:
-        ptx_rows = data.load_supervised(args.ptx_dataset, args.skip_bad_rows)
-        ptx_rows = data.keep_fitting(args.ptx_dataset, ptx_rows, tokenizer, args.max_length - 1, args)
+    prompts, ptx_rows = ppo.load_texts(args, tokenizer)
 
-    # ------------------------------------------------------------------ six models
-    policy, reference, reward_model, cost_model, reward_critic, cost_critic = six_models(args)
+    # trained, frozen: with --lora-rank the two of a line are one set of weights, with and without adapters
+    policy, reference = ppo.policy_and_reference(args)
+    reward_critic, reward_model = ppo.critic_and_score_model("reward", args)
+    cost_critic, cost_model = ppo.critic_and_score_model("cost", args)
+    second_cost_model = ppo.second_cost_model(args)
     trained = {"policy": (policy, optim.adamw(policy, args.lr, args.weight_decay))}
-    for name, critic in (("reward_critic", reward_critic), ("cost_critic", cost_critic)):
-        trained[name] = critic, optim.adamw(critic, args.critic_lr, 0.0)
+    trained |= {"reward_critic": (reward_critic, optim.adamw(reward_critic, args.critic_lr, 0.0))}
+    trained |= {"cost_critic": (cost_critic, optim.adamw(cost_critic, args.critic_lr, 0.0))}
     optimizers = {name: optimizer for name, (_, optimizer) in trained.items()}
-
-    # ------------------------------------------------------------------ multiplier and log
     lambda_init = args.lambda_init if args.reward_shaping is None else 0.0
     first = {"log_lambda": math.log(lambda_init) if lambda_init else -math.inf, "costs": []}
     state = checkpoints.load_checkpoint(args, trained, first)
     log_lambda = torch.tensor(state["log_lambda"], dtype=torch.float64)
-    costs = deque(state["costs"], maxlen=args.cost_window)
-    log = runs.RunLog(args, "Safe RLHF", ("reward", "cost", "unsafe_rate", "lambda"), state["step"])
+    costs = state["costs"]
+    log = runs.RunLog(args, args.algorithm, ("reward", "cost", "unsafe_rate", "lambda"), state["step"])
 
+    size, minibatch_size = args.micro_batch_size, args.minibatch_size // world_size()  # of this rank
     for step in range(state["step"], args.steps):
         laps = runs.Laps()
 
         # -------------------------------------------------------------- 1 rollout
-        rollout = sample_rollout(policy, prompts, tokenizer, ends, step, args)
+        chosen = data.batch_indices(len(prompts), args.batch_size, step, args.seed)
+        # drawn for the global batch: a sample is the same on whichever rank it falls
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        uniforms = rank_rows(torch.rand(args.batch_size, args.max_new_tokens, generator=generator))
+        asked = rank_rows([prompts[i] for i in chosen])
+        rollout = sample(policy, asked, tokenizer, ends, uniforms, args.temperature, args.chat_template)
+        if args.dtype == "bf16":
+            # decoding rounds otherwise than a pass over whole sequences does, so E7's ratios would not begin
+            # at 1 (docs/scaling.md): once more, in the micro-batches that phase 6 will see
+            batches = split(rollout, minibatch_size)
+            again = [in_pieces(response_log_probs, policy, b, size, args.temperature) for b in batches]
+            rollout["log_probs"] = torch.cat(again)
         mask, log_probs = rollout["mask"], rollout["log_probs"]  # (B, R)
         laps.lap("rollout")
 
         # -------------------------------------------------------------- 2 score
-        rollout |= data.scorer_ids(rollout, others, args.chat_template)
-        score(rollout, reference, reward_model, cost_model, reward_critic, cost_critic, args)
-        reward, cost, ref_log_probs = rollout["reward"], rollout["cost"], rollout["ref_log_probs"]
-        reward_values, cost_values = rollout["reward_values"], rollout["cost_values"]
+        rollout |= data.scorer_ids(rollout, other_tokenizers, args.chat_template)
+        ref_log_probs = in_pieces(response_log_probs, reference, rollout, size, args.temperature)  # (B, R)
+        reward = in_pieces(response_scores, reward_model, rollout, size, "reward")  # (B,)
+        cost = in_pieces(response_scores, cost_model, rollout, size, "cost")  # (B,)
+        if second_cost_model:  # what fools one cost model may not fool another one: the larger cost counts
+            cost = torch.maximum(cost, in_pieces(response_scores, second_cost_model, rollout, size, "cost"))
+        reward_values = in_pieces(state_values, reward_critic, rollout, size)  # (B, R)
+        cost_values = in_pieces(state_values, cost_critic, rollout, size)  # (B, R)
+        rollout |= {
+            "reward": reward,
+            "cost": cost,
+            "reward_values": reward_values,
+            "cost_values": cost_values,
+        }
         check_finite(step, log_probs=log_probs, ref_log_probs=ref_log_probs, reward=reward, cost=cost)
         check_finite(step, reward_values=reward_values, cost_values=cost_values)
         laps.lap("scoring")
@@ -484,6 +419,7 @@ def main(args):
         token_rewards, token_costs = shape_rewards(
             paid, cost, log_probs, ref_log_probs, mask, args.kl_coeff, args.score_clip
         )  # (B, R)
+        rollout["kl"] = ((log_probs - ref_log_probs) * mask).sum(-1)  # (B,)
 
         # -------------------------------------------------------------- 4 advantages
         reward_adv, reward_returns = gae(reward_values, token_rewards, mask, args.gamma, args.gae_lambda)
@@ -491,8 +427,8 @@ def main(args):
         rollout |= {"reward_returns": reward_returns, "cost_returns": cost_returns}
 
         # ============================================================== 5 constraint
-        costs.extend(gather_rows(cost).tolist())  # of all ranks, so that every rank has the same multiplier
-        violation = expected_violation(costs, args.threshold)
+        costs = [*costs, gather_rows(cost).mean().item()][-args.cost_window :]  # of rollouts, over all ranks
+        violation = expected_violation(torch.tensor(costs), args.threshold)
         log_lambda = multiplier_step(log_lambda, violation, args.lambda_lr, args.lambda_max)
         lam = log_lambda.exp().item()
         rollout["advantages"] = lagrangian_advantages(reward_adv, cost_adv, lam)
@@ -502,16 +438,25 @@ def main(args):
         lr = optim.learning_rate(args.lr, step, args.steps, args.warmup_ratio, cosine=True)
         critic_lr = optim.learning_rate(args.critic_lr, step, args.steps, args.warmup_ratio, cosine=False)
         optim.set_learning_rate(optimizers, policy=lr, reward_critic=critic_lr, cost_critic=critic_lr)
-        updates = []
-        minibatches = split(rollout, args.minibatch_size // world_size()) * args.ppo_epochs
+        updates, minibatches = [], split(rollout, minibatch_size) * args.ppo_epochs
         for i, batch in enumerate(minibatches, step * len(minibatches)):
-            ptx = ptx_batch(ptx_rows, i, tokenizer, args)
-            updates.append(update(policy, reward_critic, cost_critic, optimizers, batch, ptx, args))
+            pieces, ptx = micro_batches(batch, size), []
+            if ptx_rows:
+                # another order than the prompts': in files of equal length the two would meet row by row
+                order = rank_rows(data.batch_indices(len(ptx_rows), args.minibatch_size, i, -1 - args.seed))
+                rows = [ptx_rows[row] for row in order]
+                ptx = ptx_batch(rows, tokenizer, size, args.max_length, args.chat_template)
+            # one model after the other, so that only one's gradients are held
+            weights = args.temperature, args.clip, args.ptx_coeff, args.grad_clip
+            metrics = update_policy(policy, optimizers["policy"], pieces, ptx, *weights)
+            for name, critic in (("reward", reward_critic), ("cost", cost_critic)):
+                optimizer = optimizers[f"{name}_critic"]
+                metrics |= update_critic(critic, optimizer, pieces, name, args.value_clip, args.grad_clip)
+            updates.append(metrics)
         laps.lap("update")
 
         # -------------------------------------------------------------- 7 log and save
-        rollout["kl"] = ((log_probs - ref_log_probs) * mask).sum(-1)  # (B,) nats per response
-        metrics = step_metrics(rollout, updates, args)
+        metrics = step_metrics(rollout, updates, args.threshold)
         metrics |= {"lambda": lam, "violation": violation} | laps.seconds
         metrics["samples_per_second"] = args.batch_size / sum(laps.seconds.values())
         check_finite(step, **metrics)
@@ -519,8 +464,8 @@ def main(args):
             log.samples(step, rollout)
         log.metrics(step, metrics)
         if checkpoints.checkpoint_due(args, step):
-            state = {"log_lambda": log_lambda.item(), "costs": list(costs)}
-            checkpoints.save_checkpoint(args, step + 1, trained, state)
+            extra = {"log_lambda": log_lambda.item(), "costs": costs}
+            checkpoints.save_checkpoint(args, step + 1, trained, extra)
 
     log.close()
     checkpoints.save_final(args, saver(args, loading.save_causal_lm), policy, tokenizer)

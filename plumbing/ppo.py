@@ -1,0 +1,83 @@
+"""What both PPO scripts need before their loop: checks, tokenizers, prompts and the six models."""
+
+from functools import partial
+
+from plumbing import cli, data, loading
+from plumbing.adapters import WithoutAdapters, adapt
+from plumbing.distributed import load_options, shard
+from plumbing.files import InputError
+from plumbing.loading import load_causal_lm, load_score_model, load_tokenizer
+
+
+def check_flags(args) -> None:
+    """Raise InputError for models that are not there, or that cannot read texts of --max-length."""
+    if args.lambda_init > args.lambda_max:
+        raise InputError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
+    cli.require(args.model, "python sft.py")
+    cli.require(args.reward_model, "python reward_model.py")
+    cli.require(args.cost_model, "python cost_model.py")
+    further = args.second_cost_model, args.reward_critic, args.cost_critic
+    for path in filter(None, (args.model, args.reward_model, args.cost_model, *further)):
+        loading.check_context(loading.load_config(path), args.max_length, path)
+        cli.check_template(args, path)
+
+
+def load_tokenizers(args) -> tuple:
+    """The policy's tokenizer; and name -> tokenizer of those of "reward" and "cost" that read other ids, so
+    that responses are tokenized again for them. Raises InputError for a critic with another tokenizer."""
+    tokenizer = load_tokenizer(args.model)
+    same = partial(data.same_tokenizer, chat_template=args.chat_template)
+    scorers = {"reward": load_tokenizer(args.reward_model), "cost": load_tokenizer(args.cost_model)}
+    for name, critic in (("reward", args.reward_critic), ("cost", args.cost_critic)):
+        if not same(load_tokenizer(critic) if critic else scorers[name], tokenizer):
+            raise InputError(
+                f"the {name} critic's tokenizer is not the policy's: values are per policy token. "
+                f"Give a start with the policy's tokenizer by --{name}-critic"
+            )
+    second = args.second_cost_model
+    if second and not same(load_tokenizer(second), scorers["cost"]):
+        raise InputError(f"{second}: its tokenizer is not that of {args.cost_model}; both read the same ids")
+    return tokenizer, {name: own for name, own in scorers.items() if not same(own, tokenizer)}
+
+
+def load_texts(args, tokenizer) -> tuple[list[str], list[tuple[str, str]]]:
+    """The prompts, and the supervised (prompt, response) rows of E9, which may be none."""
+    prompts = data.load_prompts(args.dataset, args.skip_bad_rows)
+    prompts = data.keep_fitting(args.dataset, prompts, tokenizer, args.max_length - args.max_new_tokens, args)
+    if not (args.ptx_dataset and args.ptx_coeff):
+        return prompts, []
+    rows = data.load_supervised(args.ptx_dataset, args.skip_bad_rows)
+    return prompts, data.keep_fitting(args.ptx_dataset, rows, tokenizer, args.max_length - 1, args)
+
+
+def policy_and_reference(args) -> tuple:
+    """The trained policy and the frozen model that it starts from: with --lora-rank r the policy without its
+    adapters, W for W + (alpha / r) B A, so that the two share their weights."""
+    policy = shard(adapt(load_causal_lm(args.model, **load_options(args)), args, args.adapter), args)
+    if args.lora_rank:
+        return policy, WithoutAdapters(policy)
+    return policy, frozen(partial(load_causal_lm, args.model), args)
+
+
+def critic_and_score_model(kind: str, args) -> tuple:
+    """The trained critic and the frozen score model of `kind`, "reward" or "cost". The critic starts from the
+    score model, and with --lora-rank shares its weights, unless --reward-critic is given (--cost-critic)."""
+    path, own = getattr(args, f"{kind}_model"), getattr(args, f"{kind}_critic")
+    if args.lora_rank and not own:
+        critic = shard(adapt(load_score_model(path, kind, **load_options(args)), args), args)
+        return critic, WithoutAdapters(critic)
+    score_model = frozen(partial(load_score_model, path, kind), args)
+    critic = load_score_model(own or path, "critic", new_head=bool(own), **load_options(args))
+    return shard(adapt(critic, args), args), score_model
+
+
+def second_cost_model(args):
+    """Frozen, or None: a policy may find answers that fool its cost model, and another one may see through
+    them (worst-case optimization, Coste et al. 2023, 2310.02743)."""
+    path = args.second_cost_model
+    return frozen(partial(load_score_model, path, "cost"), args) if path else None
+
+
+def frozen(load, args):
+    """A model that is not trained, as `load(dtype=..., on_meta=...)` reads it."""
+    return shard(load(**load_options(args, trained=False)), args, trained=False)
