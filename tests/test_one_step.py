@@ -1,5 +1,4 @@
-"""docs/one_step.md: its blocks run in order, every table is what they print, every number in its text is one of
-theirs, and what it says of the four answers is so."""
+"""docs/one_step.md: tables are what its blocks print, numbers in its text are theirs, and its claims hold."""
 
 import contextlib
 import io
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs/one_step.md").read_text()
-STEP, EXERCISES = PAGE.split("## Predict, then run")
+STEP = PAGE.partition("## Predict, then run")[0]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n", re.S | re.M)
 TWO_DECIMALS = re.compile(r"-?\b\d+\.\d\d\b")
 CALCULATION = re.compile(r"`([^`\n]+) = (-?\d+\.\d\d)`")
@@ -23,7 +22,7 @@ def table(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def step():
-    """What the page's Python leaves: its names; and `printed`, pairs of (what a block printed, the page's table)."""
+    """The names that the page's Python leaves, and `printed`: (what a block printed, the page's table)."""
     names, printed = {}, []
     for block in BLOCK.finditer(STEP):
         if block[1] == "python":
