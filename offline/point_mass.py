@@ -75,10 +75,11 @@ def rollout(act, episodes: int, generator: torch.Generator) -> dict[str, Tensor]
     return {name: torch.stack(values, 1) for name, values in columns.items()}
 
 
-def evaluate(act, episodes: int, seed: int) -> tuple[float, float]:
+def evaluate(act, episodes: int, seed: int) -> dict[str, float]:
     """Mean return and mean cost of an episode."""
     played = rollout(act, episodes, torch.Generator().manual_seed(seed))
-    return played["rewards"].sum(1).mean().item(), played["costs"].sum(1).mean().item()
+    returns, costs = (played[name].sum(1).mean().item() for name in ("rewards", "costs"))
+    return {"return": returns, "cost": costs}
 
 
 # ------------------------------------------------------------------------------ behaviours and data

@@ -253,11 +253,8 @@ def critic_update(critics, targets, optimizer, batch: dict, lam: float | None, b
         slow_values = targets(batch["next_observations"], batch["next_actions"])  # (2, 2, B)
         slow_values = against(slow_values).clamp(*bounds)  # (2, 1, B)
     signals = torch.stack([batch["rewards"], batch["costs"]])[:, None]  # (2, 1, B)
-    error = bellman_error(
-        values,
-        backup(signals, batch["terminals"], next_values, args.gamma),
-        backup(signals, batch["terminals"], slow_values, args.gamma),
-    )
+    ahead = (next_values, slow_values)
+    error = bellman_error(values, *(backup(signals, batch["terminals"], v, args.gamma) for v in ahead))
     relative = relative_value(policy_values, values)
     optimizer.zero_grad()
     (error.sum() if lam is None else critic_loss(relative, error, lam, args.beta)).backward()
@@ -312,9 +309,7 @@ def sample(data: dict, actor, update: int, args) -> dict:
 
 def evaluate(actor, args) -> dict:
     """5: mean return and cost of an episode, always from the same starts."""
-    if not args.episodes:
-        return {}
-    return dict(zip(("return", "cost"), point_mass.evaluate(actor.best, args.episodes, args.seed)))
+    return point_mass.evaluate(actor.best, args.episodes, args.seed) if args.episodes else {}
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -331,9 +326,7 @@ def main(args):
     # ------------------------------------------------------------------ data
     data = point_mass.load_transitions(args.dataset)
     if args.episodes and (data["observations"].shape[1], data["actions"].shape[1]) != (4, 2):
-        raise InputError(
-            f"{args.dataset} is not the point mass's, and is evaluated by you: give --episodes 0"
-        )
+        raise InputError(f"{args.dataset} is not of the point mass: evaluate it yourself, give --episodes 0")
     episode, returns, costs = point_mass.episode_sums(data)
     behaviour = {"behaviour_return": returns.mean().item(), "behaviour_cost": costs.mean().item()}
     limit = behaviour["behaviour_cost"] if args.cost_limit is None else args.cost_limit

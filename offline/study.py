@@ -1,15 +1,12 @@
 """SATAC against its baselines on the point mass, and over a 256-fold range of beta.
 
-    python -m offline.study                          # everything in offline/README.md
+    python -m offline.study                          # every row in offline/README.md
     python -m offline.study --mixes mild --seeds 1   # `make satac`
 
 Per mix and seed: data of that seed, and every method of METHODS on them, with the same networks, batches and
-number of updates; on the first mix also SATAC with every beta of BETAS. A run that is there is not run again.
-
-    return, cost   of an episode, in units of the behaviour policy's: 1 is what the data have
-    good           runs with a higher return than the behaviour policy's at no higher cost
-
-The settings, satac.py's defaults, were chosen on seed 0 of the mild mix.
+number of updates. A run that is there is not run again. In table.md the return and the cost of an episode are
+in units of the behaviour policy's; a run is good that has a higher return than that policy at no higher cost.
+results.json holds what they were. The settings, satac.py's defaults, were chosen on seed 0 of the mild mix.
 """
 
 import statistics
@@ -29,7 +26,7 @@ METHODS = {  # folder of the runs: name, colour, mark, flags of satac.py
     "bc": ("cloning", OWN["sft"], "v", ("--clone",)),
     "bc_safe": ("cloning, safe episodes", OTHERS[2], "P", ("--clone", "--safe-only")),
 }
-BETAS = {"0.25": "beta_0.25", "1": "beta_1", "4": "beta_4", "16": "satac", "64": "beta_64"}  # the runs
+BETAS = ("0.25", "1", "4", "64")  # on the first mix; 16 is satac.py's own
 
 
 def parse_args(argv=None):
@@ -46,33 +43,30 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------ runs
 
 
-def planned(args) -> list[tuple[str, str, int, tuple]]:
-    """(mix, name, seed, flags of satac.py) of every run."""
+def planned(args) -> list[tuple[str, str, int, str, tuple]]:
+    """(mix, name, seed, folder, flags of satac.py) of every run."""
     plan = []
     for mix in args.mixes:
         here = {name: flags for name, (_, _, _, flags) in METHODS.items()}
         if mix == args.mixes[0]:
-            here |= {name: ("--beta", beta) for beta, name in BETAS.items()}
+            here |= {f"beta_{beta}": ("--beta", beta) for beta in BETAS}
         else:
             del here["point"]
         if mix == "unsafe":  # asked for more safety than the behaviour policy has
             here["cost_limit_5"] = ("--cost-limit", "5")
-        plan += [(mix, name, seed, flags) for seed in range(args.seeds) for name, flags in here.items()]
+        for seed in range(args.seeds):
+            folder = f"{args.output_dir}/{mix}/seed{seed}"
+            plan += [(mix, name, seed, f"{folder}/{name}", flags) for name, flags in here.items()]
     return plan
-
-
-def summary(args, mix: str, name: str, seed: int) -> str:
-    return f"{args.output_dir}/{mix}/seed{seed}/{name}/model/summary.json"
 
 
 def satac_jobs(args) -> list[dict]:
     jobs, steps = {}, ["--steps", args.steps] if args.steps else []
-    for mix, name, seed, flags in planned(args):
-        makes, folder = summary(args, mix, name, seed), f"{args.output_dir}/{mix}/seed{seed}"
-        data = f"{folder}/data.safetensors"
+    for mix, _, seed, run, flags in planned(args):
+        data = f"{args.output_dir}/{mix}/seed{seed}/data.safetensors"
         jobs[data] = study.job(data, [], "offline.point_mass", "--mix", mix, "--seed", seed, "--output", data)
-        given = ["--dataset", data, "--output-dir", f"{folder}/{name}", "--seed", seed, *flags, *steps]
-        jobs[makes] = study.job(makes, [data], "offline.satac", *given)
+        given = ["--dataset", data, "--output-dir", run, "--seed", seed, *flags, *steps]
+        jobs[run] = study.job(f"{run}/model/summary.json", [data], "offline.satac", *given)
     return list(jobs.values())
 
 
@@ -82,17 +76,14 @@ def satac_jobs(args) -> list[dict]:
 def results(args) -> dict[str, dict[str, list[dict]]]:
     """mix -> method -> the summaries of all seeds."""
     found: dict = {}
-    for mix, name, seed, _ in planned(args):
-        found.setdefault(mix, {}).setdefault(name, []).append(read_json(summary(args, mix, name, seed)))
+    for mix, name, _, run, _ in planned(args):
+        row = read_json(f"{run}/model/summary.json")
+        found.setdefault(mix, {}).setdefault(name, []).append(row)
     return found
 
 
 def good(row: dict) -> bool:
     return row["return"] > row["behaviour_return"] and row["cost"] <= row["behaviour_cost"]
-
-
-def mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def behaviour(methods: dict, key: str) -> float:
@@ -106,34 +97,11 @@ def table(found: dict) -> str:
         for name, rows in methods.items():
             label = METHODS[name][0] if name in METHODS else f"SATAC, {name.replace('_', ' ')}"
             ratios = ([row[key] / row[f"behaviour_{key}"] for row in rows] for key in ("return", "cost"))
-            cells = " | ".join("{:5.2f} ± {:4.2f}".format(*mean_and_deviation(ratio)) for ratio in ratios)
+            cells = " | ".join(study.spread(ratio, 2) for ratio in ratios)
             lines.append(f"| {mix} | {label} | {cells} | {sum(map(good, rows))} of {len(rows)} |")
         reward, cost = (behaviour(methods, key) for key in ("return", "cost"))
         lines.append(f"| {mix} | behaviour: return {reward:.1f}, cost {cost:.1f} | 1 | 1 | |")
     return "\n".join(lines)
-
-
-def beta_figure(methods: dict):
-    """Return and cost over beta: mean, standard deviation, all seeds, and the behaviour policy's lines."""
-    figure, (axes,) = panels(1, 2, 4.5, 3.6)
-    betas = [float(beta) for beta in BETAS]
-    for ax, key, colour in zip(axes, ("return", "cost"), (OWN["repo"], OWN["safe_rlhf"])):
-        columns = [[row[key] for row in methods[name]] for name in BETAS.values()]
-        means, errors = zip(*map(mean_and_deviation, columns))
-        low, high = ([max(0.0, m + sign * e) for m, e in zip(means, errors)] for sign in (-1, 1))
-        ax.fill_between(betas, low, high, color=colour, alpha=0.2, linewidth=0)
-        style = {"color": colour, "clip_on": False}  # a cost of 0 lies on the axis
-        ax.plot(betas, means, marker="o", linewidth=2, label="SATAC: mean, sd, every seed", **style)
-        ax.plot(betas, columns, ".", alpha=0.6, **style)
-        ax.axhline(behaviour(methods, key), color="black", linestyle="--", label="behaviour policy")
-        ax.set_xscale("log", base=4)
-        ax.set_xticks(betas, BETAS)
-        ax.set(xlabel="beta, weight of the Bellman error", ylabel=f"{key} of an episode")
-        ax.set_ylim(bottom=0)
-    axes[0].legend(frameon=False)
-    axes[0].set_title("above the dashed line: better")
-    axes[1].set_title("below the dashed line: as safe")
-    return figure
 
 
 def method_figure(found: dict):
@@ -163,7 +131,6 @@ def main(args):
         file.write(text + "\n")
     write_json(f"{args.output_dir}/results.json", found)
     print(text)
-    save(beta_figure(found[args.mixes[0]]), f"{args.output_dir}/figures/satac_beta")
     save(method_figure(found), f"{args.output_dir}/figures/satac_methods")
 
 
