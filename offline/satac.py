@@ -6,9 +6,9 @@
     [A] ATAC, Cheng et al. 2022, arXiv 2202.02446, and its published code (link below)
 
 No world answers here: what pi would earn must be guessed from data that may not show what pi does. So SATAC
-is a game of a leader and two followers. The actor leads. Each critic answers with the worst world that the
-data allow, one in which pi is worse than mu [S]. mu is equally good in all of them and can always be
-imitated, so what the actor wins against its critics it has won for certain.
+is a game of a leader, the actor, and two followers. Each critic answers with the worst world that the data
+allow, one in which pi is worse than mu [S]. mu is equally good in all of them and can always be imitated, so
+what the actor wins against its critics it has won for certain.
 
     S1  L(pi, f) = E_D[f(s, pi) - f(s, a)]    how much better than mu pi is, if f is its value     [A, W]
     S2  E(pi, f) = the Bellman error of f for pi, on the data                                      [A]
@@ -27,7 +27,8 @@ difference in cost per step, so --cost-limit of an episode sets b = (J_c(mu) - l
 
 Guarantee [W, theorem 4.1], with values per step, (1 - gamma) J, and costs that are not negative, for every
 beta >= 0: J_r(pi) >= J_r(mu) and J_c(pi) <= J_c(mu) + 1 / lambda. The slack is why lambda only rises.
-offline/tabular.py checks it with exact values.
+offline/tabular.py checks it exactly. Left out: options of [A]'s code (pessimism about the first state only, a
+scale of the reward).
 
 Where [S] and [W] are silent, [A]'s code was followed: S2 is half the squared error to a target network and
 half the squared residual; two networks per critic, targets from the lower reward (and, by symmetry, the
@@ -46,8 +47,6 @@ One step is --updates times 1 sample, 2 critics, 3 actor, 4 multiplier; then 5 e
     python -m offline.satac --lambda-init 0                         # ATAC: the cost is not looked at
     python -m offline.satac --hinge none                            # a Lagrangian: being safer earns credit
     python -m offline.satac --clone [--safe-only]                   # behaviour cloning [of the safe episodes]
-
-Left out: pessimism about the first state only, and a scale of the reward (options of [A]'s code).
 """
 
 import copy
@@ -325,7 +324,8 @@ def main(args):
 
     # ------------------------------------------------------------------ data
     data = point_mass.load_transitions(args.dataset)
-    if args.episodes and (data["observations"].shape[1], data["actions"].shape[1]) != (4, 2):
+    sizes = data["observations"].shape[1], data["actions"].shape[1]
+    if args.episodes and sizes != (4, 2):
         raise InputError(f"{args.dataset} is not of the point mass: evaluate it yourself, give --episodes 0")
     episode, returns, costs = point_mass.episode_sums(data)
     behaviour = {"behaviour_return": returns.mean().item(), "behaviour_cost": costs.mean().item()}
@@ -336,7 +336,7 @@ def main(args):
         if not kept.any():
             raise InputError(f"--safe-only: no episode of {args.dataset} costs {limit:.4g} or less")
         data = {name: array[kept] for name, array in data.items()}
-    actor = Actor(data["observations"], data["actions"].shape[1], args.hidden)
+    actor = Actor(data["observations"], sizes[1], args.hidden)
     for name in ("observations", "next_observations"):
         data[name] = (data[name] - actor.mean) / actor.std
     signals = torch.stack([data["rewards"], data["costs"]])
@@ -344,7 +344,7 @@ def main(args):
     bounds = torch.stack(signals.aminmax(dim=1))[..., None, None] * longest  # (2, 2, 1, 1), low and high
 
     # ------------------------------------------------------------------ networks and multiplier
-    critics = Critics(data["observations"].shape[1], data["actions"].shape[1], args.hidden)
+    critics = Critics(*sizes, args.hidden)
     targets = copy.deepcopy(critics).requires_grad_(False)
     optimizers = {
         name: torch.optim.Adam(learner.parameters(), lr=args.critic_lr, fused=True)
