@@ -24,13 +24,11 @@ def row(*values) -> torch.Tensor:
 # ------------------------------------------------------------------------------ equations
 
 
-def test_relative_value_and_backup_by_hand():
+def test_relative_value_backup_and_target_by_hand():
     assert satac.relative_value(row(1.0, 3.0), row(0.0, 1.0)).item() == 1.5  # (1 + 2) / 2
     # 1 + 0.5 * 4 = 3; where the world ends the reward alone counts
     assert satac.backup(row(1.0, 1.0), row(0.0, 1.0), row(4.0, 4.0), gamma=0.5).tolist() == [3.0, 1.0]
-
-
-def test_the_target_is_the_twin_that_is_worse_for_the_policy():
+    # the twin that is worse for the policy
     targets = torch.tensor([[[1.0, 5.0], [2.0, 3.0]], [[1.0, 5.0], [2.0, 3.0]]])  # reward, cost; twins; rows
     assert satac.against(targets).tolist() == [[[1.0, 3.0]], [[2.0, 5.0]]]
 
@@ -56,25 +54,24 @@ def test_both_critics_work_against_the_policy():
     assert torch.equal(data_values.grad, -policy_values.grad)
 
 
-def test_cost_violation_by_hand():
-    """Differences 1 and -2: their mean is -0.5, and the 1 alone counts 0.5. With a margin of 1: 2 and -1."""
-    for hinge, *expected in (("none", -0.5, 0.5), ("batch", 0.0, 0.5), ("point", 0.5, 1.0)):
-        found = [satac.cost_violation(row(2.0, 1.0), row(1.0, 3.0), b, hinge).item() for b in (0.0, 1.0)]
-        assert found == expected, hinge
-
-
-def test_only_without_a_hinge_is_there_credit_for_being_safer_than_needed():
-    for hinge, slope in (("none", 0.5), ("batch", 0.0), ("point", 0.0)):
-        cost = row(-1.0, -2.0).requires_grad_()
-        satac.cost_violation(cost, row(0.0, 0.0), 0.0, hinge).backward()
-        assert cost.grad.tolist() == [slope, slope]
+@pytest.mark.parametrize(
+    "hinge, violation, with_margin, credit",
+    [("none", -0.5, 0.5, 0.5), ("batch", 0.0, 0.5, 0.0), ("point", 0.5, 1.0, 0.0)],
+)
+def test_cost_violation_by_hand(hinge, violation, with_margin, credit):
+    """Differences 1 and -2: their mean is -0.5, and the 1 alone counts 0.5. With a margin of 1: 2 and -1.
+    Only without a hinge is there credit, a gradient, for being safer than needed."""
+    for margin, expected in ((0.0, violation), (1.0, with_margin)):
+        assert satac.cost_violation(row(2.0, 1.0), row(1.0, 3.0), margin, hinge).item() == expected
+    cost = row(-1.0, -2.0).requires_grad_()
+    satac.cost_violation(cost, row(0.0, 0.0), 0.0, hinge).backward()
+    assert cost.grad.tolist() == [credit, credit]
 
 
 def test_actor_loss_and_multiplier():
     assert satac.actor_loss(torch.tensor(2.0), torch.tensor(3.0), lam=0.5).item() == -0.5
-    assert (
-        len({inspect.getsource(script.multiplier_step) for script in (satac, safe_rlhf_ppo, repo_ppo)}) == 1
-    )
+    sources = {inspect.getsource(script.multiplier_step) for script in (satac, safe_rlhf_ppo, repo_ppo)}
+    assert len(sources) == 1
     assert satac.multiplier_step(0.0, 0.5, 0.1, 5.0).item() == pytest.approx(0.05)
 
 
@@ -99,6 +96,7 @@ def test_target_network_follows_slowly_and_weights_stay_in_their_ball():
 
 
 def test_the_four_networks_are_independent():
+    torch.manual_seed(0)
     critics = satac.Critics(4, 2, 8)
     values = critics(torch.randn(5, 4), torch.randn(5, 2))
     assert values.shape == (2, 2, 5)
