@@ -2,7 +2,7 @@
 # make study  the papers' experiments on the toy world: five seeds, three mixes, every baseline (SEEDS=1 for the impatient)
 # make study-noise  the same methods with annotators who err (SEEDS=2 for the impatient)
 # make rounds after the study: fresh preferences, models and policy, three rounds in all
-# make satac  the offline relative: data, SATAC and its baselines on one mix, table and figures (SATAC_SEEDS=5 for a spread)
+# make satac  the offline relative: data, SATAC and its baselines on one mix, table and figure (SATAC_SEEDS=5 for a spread)
 # make bench  the short form of three benchmarks: against TRL (put under runs/trl), limits, growth; benchmarks/RESULTS.md
 # make test   the test suite
 # make lint   ruff: rules and format of pyproject.toml

@@ -75,10 +75,11 @@ def rollout(act, episodes: int, generator: torch.Generator) -> dict[str, Tensor]
     return {name: torch.stack(values, 1) for name, values in columns.items()}
 
 
-def evaluate(act, episodes: int, seed: int) -> tuple[float, float]:
+def evaluate(act, episodes: int, seed: int) -> dict[str, float]:
     """Mean return and mean cost of an episode."""
     played = rollout(act, episodes, torch.Generator().manual_seed(seed))
-    return played["rewards"].sum(1).mean().item(), played["costs"].sum(1).mean().item()
+    returns, costs = (played[name].sum(1).mean().item() for name in ("rewards", "costs"))
+    return {"return": returns, "cost": costs}
 
 
 # ------------------------------------------------------------------------------ behaviours and data
@@ -126,32 +127,34 @@ def behaviour_data(mix: str, episodes: int, seed: int) -> dict[str, Tensor]:
 
 def load_transitions(path: str) -> dict[str, Tensor]:
     """The arrays of a data file, float32. Raises InputError for one that cannot be used."""
-    if path.endswith((".hdf5", ".h5")):
-        try:
-            import h5py
-        except ImportError:
-            raise InputError(f"{path}: reading HDF5 needs h5py: pip install h5py") from None
-        with reading(path), h5py.File(path) as file:
-            data = {name: torch.as_tensor(file[name][()]) for name in FIELDS if name in file}
-    else:
-        with reading(path):
+
+    def check(good, problem: str) -> None:
+        if not good:
+            raise InputError(f"{path}: {problem}")
+
+    with reading(path):
+        if path.endswith((".hdf5", ".h5")):
+            import h5py  # not among the requirements: the point mass needs none
+
+            with h5py.File(path) as file:
+                data = {name: torch.as_tensor(file[name][()]) for name in FIELDS if name in file}
+        else:
             data = load_file(path)
-    if missing := [name for name in FIELDS if name not in data]:
-        raise InputError(f"{path}: holds no {missing[0]}; needed are {', '.join(FIELDS)}")
+    for name in FIELDS:
+        check(name in data, f"holds no {name}; needed are {', '.join(FIELDS)}")
     data = {name: data[name].float() for name in FIELDS}
     rows = len(data["rewards"]) if data["rewards"].ndim else 0
     for name, array in data.items():
-        dimensions = 2 if name.endswith(("observations", "actions")) else 1
-        if array.ndim != dimensions or len(array) != rows or not array.numel():
-            raise InputError(f"{path}: {name} has shape {tuple(array.shape)}, beside {rows} rewards")
-        if not array.isfinite().all():
-            raise InputError(f"{path}: {name} holds a NaN or an infinity")
-    if data["observations"].shape != data["next_observations"].shape:
-        raise InputError(f"{path}: observations and next_observations differ in width")
-    if data["actions"].abs().max() > 1:
-        raise InputError(f"{path}: actions leave [-1, 1]; scale them")
-    if not (data["terminals"] + data["timeouts"]).any():
-        raise InputError(f"{path}: no terminals and no timeouts: where does an episode end?")
+        shape, dimensions = tuple(array.shape), 2 if name.endswith(("observations", "actions")) else 1
+        fits = len(shape) == dimensions and shape[0] == rows and array.numel()
+        check(fits, f"{name} has shape {shape}, beside {rows} rewards")
+        check(array.isfinite().all(), f"{name} holds a NaN or an infinity")
+    widths = {data[name].shape[1] for name in ("observations", "next_observations")}
+    check(len(widths) == 1, "observations and next_observations differ in width")
+    check(data["actions"].abs().max() <= 1, "actions leave [-1, 1]; scale them")
+    ends = torch.stack([data["terminals"], data["timeouts"]])
+    check(((ends == 0) | (ends == 1)).all(), "terminals and timeouts must be 0 or 1")
+    check(ends.any(), "no terminals and no timeouts: where does an episode end?")
     return data
 
 
@@ -175,16 +178,12 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def write_data(path: str, mix: str, episodes: int, seed: int) -> dict[str, Tensor]:
-    data = behaviour_data(mix, episodes, seed)
-    with writing(path) as temporary:
-        save_file(data, temporary)
-    return data
-
-
 def main(args):
     path = args.output or f"runs/satac/{args.mix}.safetensors"
-    _, returns, costs = episode_sums(write_data(path, args.mix, args.episodes, args.seed))
+    data = behaviour_data(args.mix, args.episodes, args.seed)
+    with writing(path) as temporary:
+        save_file(data, temporary)
+    _, returns, costs = episode_sums(data)
     means = f"mean return {returns.mean():.1f}, mean cost {costs.mean():.1f}"
     print(f"{len(returns)} episodes -> {path}; {means}")
 

@@ -6,9 +6,9 @@
     [A] ATAC, Cheng et al. 2022, arXiv 2202.02446, and its published code (link below)
 
 No world answers here: what pi would earn must be guessed from data that may not show what pi does. So SATAC
-is a game of a leader and two followers. The actor leads. Each critic answers with the worst world that the
-data allow, one in which pi is worse than mu [S]. mu is equally good in all of them and can always be
-imitated, so what the actor wins against its critics it has won for certain.
+is a game of a leader, the actor, and two followers. Each critic answers with the worst world that the data
+allow, one in which pi is worse than mu [S]. mu is equally good in all of them and can always be imitated, so
+what the actor wins against its critics it has won for certain.
 
     S1  L(pi, f) = E_D[f(s, pi) - f(s, a)]    how much better than mu pi is, if f is its value     [A, W]
     S2  E(pi, f) = the Bellman error of f for pi, on the data                                      [A]
@@ -27,7 +27,8 @@ difference in cost per step, so --cost-limit of an episode sets b = (J_c(mu) - l
 
 Guarantee [W, theorem 4.1], with values per step, (1 - gamma) J, and costs that are not negative, for every
 beta >= 0: J_r(pi) >= J_r(mu) and J_c(pi) <= J_c(mu) + 1 / lambda. The slack is why lambda only rises.
-offline/tabular.py checks it with exact values.
+offline/tabular.py checks it exactly. Left out: options of [A]'s code (pessimism about the first state only, a
+scale of the reward).
 
 Where [S] and [W] are silent, [A]'s code was followed: S2 is half the squared error to a target network and
 half the squared residual; two networks per critic, targets from the lower reward (and, by symmetry, the
@@ -46,8 +47,6 @@ One step is --updates times 1 sample, 2 critics, 3 actor, 4 multiplier; then 5 e
     python -m offline.satac --lambda-init 0                         # ATAC: the cost is not looked at
     python -m offline.satac --hinge none                            # a Lagrangian: being safer earns credit
     python -m offline.satac --clone [--safe-only]                   # behaviour cloning [of the safe episodes]
-
-Left out: pessimism about the first state only, and a scale of the reward (options of [A]'s code).
 """
 
 import copy
@@ -60,7 +59,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from offline import point_mass
-from offline.point_mass import episode_sums, load_transitions
 from plumbing import checkpoints, cli, optim, runs
 from plumbing.cli import Demo, count, finite, fraction, nonnegative, positive, whole
 from plumbing.files import InputError, write_json, writing
@@ -174,30 +172,15 @@ def multiplier_step(
     return log_lambda if lambda_max is None else log_lambda.clamp(max=math.log(lambda_max))
 
 
-@torch.no_grad()
-def track(target: nn.Module, network: nn.Module, tau: float) -> None:
-    """S8: target <- (1 - tau) target + tau network, in place."""
-    for slow, fast in zip(target.parameters(), network.parameters()):
-        slow.lerp_(fast, tau)
-
-
-@torch.no_grad()
-def project(networks: nn.Module, norm: float) -> None:
-    """Each weight matrix (4, in, out) to a ball of this radius: without it a critic with a small beta is free
-    to grow [A]."""
-    for weights in networks.weights:
-        weights.mul_((norm / weights.norm(dim=(1, 2), keepdim=True)).clamp(max=1))
-
-
 # ------------------------------------------------------------------------------ networks
 
 
-class Networks(nn.Module):
-    """Four networks of one shape side by side, f_r and f_c and a twin of each: (B, I) -> (2, 2, B)."""
+class Critics(nn.Module):
+    """Four networks side by side, f_r and f_c and a twin of each: (B, O), (B, A) -> values (2, 2, B)."""
 
-    def __init__(self, inputs: int, hidden: int):
+    def __init__(self, observations: int, actions: int, hidden: int):
         super().__init__()
-        sizes = (inputs, hidden, hidden, 1)
+        sizes = (observations + actions, hidden, hidden, 1)
         shapes = list(zip(sizes, sizes[1:]))
         self.weights = nn.ParameterList(torch.empty(4, i, o) for i, o in shapes)
         self.biases = nn.ParameterList(torch.empty(4, 1, o) for _, o in shapes)
@@ -205,23 +188,11 @@ class Networks(nn.Module):
             for parameter in parameters:  # as nn.Linear
                 nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.expand(4, -1, -1)
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([observation, action], -1).expand(4, -1, -1)
         for layer, (weights, biases) in enumerate(zip(self.weights, self.biases)):
             x = torch.baddbmm(biases, x.relu() if layer else x, weights)
         return x.view(2, 2, -1)
-
-
-class Critics(nn.Module):
-    """f(s, a): (B, O), (B, A) -> (2, 2, B), and the slow targets, in one module: they are saved together."""
-
-    def __init__(self, observations: int, actions: int, hidden: int):
-        super().__init__()
-        self.networks = Networks(observations + actions, hidden)
-        self.targets = copy.deepcopy(self.networks).requires_grad_(False)
-
-    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        return self.networks(torch.cat([observation, action], -1))
 
 
 class Actor(nn.Module):
@@ -247,11 +218,6 @@ class Actor(nn.Module):
         return self.average((state - self.mean) / self.std).chunk(2, -1)[0].tanh()
 
 
-def moving(network: nn.Module) -> list[nn.Parameter]:
-    """What is trained; the slow copies follow by `track`."""
-    return [p for p in network.parameters() if p.requires_grad]
-
-
 def log_prob(mean: Tensor, log_std: Tensor, raw: Tensor) -> Tensor:
     """Log-density of tanh(raw) under the squashed Gaussian, (B, A) each -> (B,).
 
@@ -260,29 +226,40 @@ def log_prob(mean: Tensor, log_std: Tensor, raw: Tensor) -> Tensor:
     return (gaussian - 2 * (math.log(2) - raw - F.softplus(-2 * raw))).sum(-1)
 
 
+@torch.no_grad()
+def track(target: nn.Module, network: nn.Module, tau: float) -> None:
+    """S8: target <- (1 - tau) target + tau network, in place."""
+    for slow, fast in zip(target.parameters(), network.parameters()):
+        slow.lerp_(fast, tau)
+
+
+@torch.no_grad()
+def project(critics: Critics, norm: float) -> None:
+    """Each weight matrix to a ball of this radius: a critic with a small beta would be free to grow [A]."""
+    for weights in critics.weights:  # (4, in, out)
+        weights.mul_((norm / weights.norm(dim=(1, 2), keepdim=True)).clamp(max=1))
+
+
 # ------------------------------------------------------------------------------ an update
 
 
-def critic_update(critics, optimizer, batch: dict, lam: float | None, bounds: Tensor, args) -> dict:
+def critic_update(critics, targets, optimizer, batch: dict, lam: float | None, bounds, args) -> dict:
     """2: one step of S3 and S4, and of S8. lam None: the warm start, in which both fit mu's values alone."""
     states = torch.cat([batch["observations"], batch["observations"], batch["next_observations"]])
     actions = torch.cat([batch["actions"], batch["policy_actions"], batch["next_actions"]])
     values, policy_values, next_values = critics(states, actions).chunk(3, -1)  # (2, 2, B)
     with torch.no_grad():
-        following = torch.cat([batch["next_observations"], batch["next_actions"]], -1)
-        targets = against(critics.targets(following)).clamp(*bounds)
+        slow_values = targets(batch["next_observations"], batch["next_actions"])  # (2, 2, B)
+        slow_values = against(slow_values).clamp(*bounds)  # (2, 1, B)
     signals = torch.stack([batch["rewards"], batch["costs"]])[:, None]  # (2, 1, B)
-    error = bellman_error(
-        values,
-        backup(signals, batch["terminals"], next_values, args.gamma),
-        backup(signals, batch["terminals"], targets, args.gamma),
-    )
+    ahead = (next_values, slow_values)
+    error = bellman_error(values, *(backup(signals, batch["terminals"], v, args.gamma) for v in ahead))
     relative = relative_value(policy_values, values)
     optimizer.zero_grad()
     (error.sum() if lam is None else critic_loss(relative, error, lam, args.beta)).backward()
     optimizer.step()
-    project(critics.networks, args.weight_norm)
-    track(critics.targets, critics.networks, args.tau)
+    project(critics, args.weight_norm)
+    track(targets, critics, args.tau)
     names = ("reward_advantage", "cost_advantage", "reward_error", "cost_error")
     return dict(zip(names, torch.cat([relative[:, 0], error[:, 0]]).tolist()))
 
@@ -299,7 +276,7 @@ def actor_update(actor, critics, optimizer, batch: dict, lam: float, margin: flo
     loss = actor_loss(relative_value(reward, data_reward), violation, lam)
     loss = loss + args.entropy * log_prob(mean, log_std, raw).mean()  # minus the entropy
     optimizer.zero_grad()
-    loss.backward(inputs=moving(actor))  # the critics only look on
+    loss.backward(inputs=list(actor.body.parameters()))  # the critics only look on
     optimizer.step()
     track(actor.average, actor.body, args.average)
     return violation.item()
@@ -331,9 +308,7 @@ def sample(data: dict, actor, update: int, args) -> dict:
 
 def evaluate(actor, args) -> dict:
     """5: mean return and cost of an episode, always from the same starts."""
-    if not args.episodes:
-        return {}
-    return dict(zip(("return", "cost"), point_mass.evaluate(actor.best, args.episodes, args.seed)))
+    return point_mass.evaluate(actor.best, args.episodes, args.seed) if args.episodes else {}
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -348,12 +323,11 @@ def main(args):
     cli.require(args.dataset, "python -m offline.point_mass")
 
     # ------------------------------------------------------------------ data
-    data = load_transitions(args.dataset)
-    if args.episodes and (data["observations"].shape[1], data["actions"].shape[1]) != (4, 2):
-        raise InputError(
-            f"{args.dataset} is not the point mass's, and is evaluated by you: give --episodes 0"
-        )
-    episode, returns, costs = episode_sums(data)
+    data = point_mass.load_transitions(args.dataset)
+    sizes = data["observations"].shape[1], data["actions"].shape[1]
+    if args.episodes and sizes != (4, 2):
+        raise InputError(f"{args.dataset} is not of the point mass: evaluate it yourself, give --episodes 0")
+    episode, returns, costs = point_mass.episode_sums(data)
     behaviour = {"behaviour_return": returns.mean().item(), "behaviour_cost": costs.mean().item()}
     limit = behaviour["behaviour_cost"] if args.cost_limit is None else args.cost_limit
     margin = (behaviour["behaviour_cost"] - limit) * len(costs) / len(episode)  # b, per step
@@ -362,7 +336,7 @@ def main(args):
         if not kept.any():
             raise InputError(f"--safe-only: no episode of {args.dataset} costs {limit:.4g} or less")
         data = {name: array[kept] for name, array in data.items()}
-    actor = Actor(data["observations"], data["actions"].shape[1], args.hidden)
+    actor = Actor(data["observations"], sizes[1], args.hidden)
     for name in ("observations", "next_observations"):
         data[name] = (data[name] - actor.mean) / actor.std
     signals = torch.stack([data["rewards"], data["costs"]])
@@ -370,13 +344,14 @@ def main(args):
     bounds = torch.stack(signals.aminmax(dim=1))[..., None, None] * longest  # (2, 2, 1, 1), low and high
 
     # ------------------------------------------------------------------ networks and multiplier
-    critics = Critics(data["observations"].shape[1], data["actions"].shape[1], args.hidden)
-    networks = {"actor": actor, "critics": critics}
+    critics = Critics(*sizes, args.hidden)
+    targets = copy.deepcopy(critics).requires_grad_(False)
     optimizers = {
-        name: torch.optim.Adam(moving(network), lr=args.critic_lr, fused=True)
-        for name, network in networks.items()
+        name: torch.optim.Adam(learner.parameters(), lr=args.critic_lr, fused=True)
+        for name, learner in {"actor": actor.body, "critics": critics}.items()
     }
-    trained = {name: (network, optimizers[name]) for name, network in networks.items()}
+    saved = {"actor": actor, "critics": nn.ModuleDict({"networks": critics, "targets": targets})}
+    trained = {name: (network, optimizers[name]) for name, network in saved.items()}
     first = {"log_lambda": math.log(args.lambda_init) if args.lambda_init else -math.inf}
     state = checkpoints.load_checkpoint(args, trained, first)
     log_lambda = torch.tensor(state["log_lambda"], dtype=torch.float64)
@@ -392,10 +367,10 @@ def main(args):
             lam = log_lambda.exp().item()
 
             # ---------------------------------------------------------- 2 critics
-            told = {}
+            measured = {}
             if not args.clone:
-                weight = None if warm else lam
-                told = critic_update(critics, optimizers["critics"], batch, weight, bounds, args)
+                price = None if warm else lam
+                measured = critic_update(critics, targets, optimizers["critics"], batch, price, bounds, args)
 
             # ---------------------------------------------------------- 3 actor
             if warm:
@@ -406,7 +381,7 @@ def main(args):
 
             # ---------------------------------------------------------- 4 multiplier
             log_lambda = multiplier_step(log_lambda, violation, args.lambda_lr, args.lambda_max)
-            updates.append(told | {"violation": violation, "lambda": lam})
+            updates.append(measured | {"violation": violation, "lambda": lam})
 
         # -------------------------------------------------------------- 5 evaluate
         metrics = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]} | behaviour
@@ -421,7 +396,7 @@ def main(args):
     log.close()
     with writing(os.path.join(args.output_dir, "model")) as temporary:
         os.makedirs(temporary)
-        for name, network in networks.items():
+        for name, network in saved.items():
             save_file(network.state_dict(), os.path.join(temporary, f"{name}.safetensors"))
         write_json(os.path.join(temporary, "summary.json"), behaviour | evaluate(actor, args))
 

@@ -24,21 +24,11 @@ from torch import Tensor
 
 from offline.satac import actor_loss, cost_violation, multiplier_step, relative_value
 from plumbing import cli, runs
-from plumbing.cli import count, positive
 
 STATES, ACTIONS, GAMMA = 6, 3, 0.9
+LAMBDA_MAX = 10.0  # in the theorem's games
 BEHAVIOURS = ("uniform", "narrow", "unsafe")
 BETAS = (1.0, 2.0, 8.0)
-
-
-def parse_args(argv=None):
-    parser = cli.parser(__doc__)
-    flag = parser.add_argument
-    flag("command", nargs="?", choices=("theorem", "bridge"), default="theorem", help="what to check")
-    flag("--worlds", type=count, default=5, help="random worlds")
-    flag("--iterations", type=count, default=600, help="moves of the actor")
-    flag("--lambda-max", type=positive, default=10.0, help="largest multiplier")
-    return parser.parse_args(argv)
 
 
 # ------------------------------------------------------------------------------ exact worlds
@@ -94,12 +84,13 @@ def best_answer(f, policy, data, transitions, signal, weight, beta, moves: int =
     return f
 
 
-def play(transitions, rewards, costs, mu, beta: Tensor, iterations: int, lambda_max: float) -> dict:
-    """N games at once: transitions (N, S, A, S), the others (N, S, A), beta (N,) -> exact values (N,)."""
+def play(transitions, rewards, costs, mu, beta: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """N games at once: transitions (N, S, A, S), the others (N, S, A), beta (N,) -> gain of reward and excess
+    of cost over mu, exact values of the mean iterate, and the last lambda; (N,) each."""
     data = occupancy(mu, transitions)[..., None] * mu
     logits, log_lambda = torch.zeros_like(mu), torch.zeros(len(mu), dtype=torch.float64)
     f_r = f_c = torch.zeros_like(mu)
-    earned, cost = torch.zeros(2, len(mu), dtype=torch.float64)
+    gain, excess = -value(mu, transitions, rewards), -value(mu, transitions, costs)
     for k in range(iterations):
         policy, lam = logits.softmax(-1), log_lambda.exp()
         f_r = best_answer(f_r, policy, data, transitions, rewards, torch.ones_like(lam), beta)
@@ -108,41 +99,33 @@ def play(transitions, rewards, costs, mu, beta: Tensor, iterations: int, lambda_
         over = (violation > 0).double()
         advantage = f_r - (lam * over)[:, None, None] * f_c  # minus the gradient of S6, state by state
         logits = logits + 0.3 / (1 + k) ** 0.5 * advantage
-        log_lambda = multiplier_step(log_lambda, violation, 0.5, lambda_max)
-        earned += value(policy, transitions, rewards) / iterations
-        cost += value(policy, transitions, costs) / iterations
-    return {"j_r": earned, "j_c": cost, "lambda": log_lambda.exp(),
-            "mu_r": value(mu, transitions, rewards), "mu_c": value(mu, transitions, costs)}  # fmt: skip
+        log_lambda = multiplier_step(log_lambda, violation, 0.5, LAMBDA_MAX)
+        gain += value(policy, transitions, rewards) / iterations
+        excess += value(policy, transitions, costs) / iterations
+    return gain, excess, log_lambda.exp()
 
 
-def theorem(worlds: int, iterations: int, lambda_max: float) -> list[dict]:
-    """Every world, behaviour and beta -> rows."""
-    cases = list(itertools.product(range(worlds), BEHAVIOURS, BETAS))
-    made = [world(seed) for seed, _, _ in cases]
+def theorem(worlds: int = 5, iterations: int = 600) -> tuple[Tensor, Tensor, Tensor]:
+    """Gain, excess and lambda of `play` in every game, (behaviours, betas, worlds) each."""
+    cases = list(itertools.product(BEHAVIOURS, BETAS, range(worlds)))
+    made = [world(seed) for _, _, seed in cases]
     transitions, rewards, costs = (torch.stack(parts) for parts in zip(*made))
-    mu = torch.stack([behaviour(name, r, c) for (_, name, _), (_, r, c) in zip(cases, made)])
-    beta = torch.tensor([beta for _, _, beta in cases], dtype=torch.float64)
-    result = play(transitions, rewards, costs, mu, beta, iterations, lambda_max)
-    return [
-        {"world": seed, "behaviour": name, "beta": beta} | {k: v[i].item() for k, v in result.items()}
-        for i, (seed, name, beta) in enumerate(cases)
-    ]
+    mu = torch.stack([behaviour(name, r, c) for (name, _, _), (_, r, c) in zip(cases, made)])
+    beta = torch.tensor([beta for _, beta, _ in cases], dtype=torch.float64)
+    games = play(transitions, rewards, costs, mu, beta, iterations)
+    return tuple(x.view(len(BEHAVIOURS), len(BETAS), worlds) for x in games)
 
 
-def print_theorem(rows: list[dict]) -> None:
-    """Gain and excess: of reward and of cost over the behaviour policy's; mean and worst of the worlds."""
+def print_theorem(gain: Tensor, excess: Tensor, lam: Tensor) -> None:
+    """A line per behaviour and beta: mean and worst of the worlds, and in how many of them it held."""
     print("                    gain              excess         1/lambda   gain      excess within")
     print("behaviour  beta   mean  lowest     mean  highest    (largest)   >= 0  1/lambda  gain/lambda")
-    for name, beta in itertools.product(BEHAVIOURS, BETAS):
-        cell = [row for row in rows if (row["behaviour"], row["beta"]) == (name, beta)]
-        gain, excess = [r["j_r"] - r["mu_r"] for r in cell], [r["j_c"] - r["mu_c"] for r in cell]
-        slack, n = [1 / r["lambda"] for r in cell], len(cell)
-        higher = sum(g >= 0 for g in gain)
-        loose = sum(e <= x for e, x in zip(excess, slack))
-        sharp = sum(e <= g * x for e, g, x in zip(excess, gain, slack))
-        means = f"{sum(gain) / n:+.3f} {min(gain):+.3f}   {sum(excess) / n:+.3f}  {max(excess):+.3f}"
-        counts = f"{higher:>4}/{n}     {loose:>2}/{n}        {sharp:>2}/{n}"
-        print(f"{name:<9} {beta:>5g}  {means}         {max(slack):.2f} {counts}")
+    for i, j in itertools.product(range(len(BEHAVIOURS)), range(len(BETAS))):
+        g, e, slack = gain[i, j], excess[i, j], 1 / lam[i, j]
+        means = f"{g.mean():+.3f} {g.min():+.3f}   {e.mean():+.3f}  {e.max():+.3f}"
+        held = [f"{int(true.sum())}/{len(g)}" for true in (g >= 0, e <= slack, e <= g * slack)]
+        counts = "{:>6}{:>9}{:>12}".format(*held)
+        print(f"{BEHAVIOURS[i]:<9} {BETAS[j]:>5g}  {means}         {slack.max():.2f} {counts}")
 
 
 # ------------------------------------------------------------------------------ the bridge
@@ -156,10 +139,11 @@ LAMBDA = 2.0
 STAY = torch.zeros(2, dtype=torch.float64)  # f(s, a) of the behaviour policy's actions
 
 
-def objective(policy: Tensor, hinge: str, lam: float) -> Tensor:
-    """Minus S6 with known values: policies (2, 3) -> scalar."""
+def game(policy: Tensor, hinge: str, lam: float) -> tuple[Tensor, Tensor]:
+    """S6 and S5 with known values: a policy (2, 3) -> the actor's loss and the violation, scalars."""
     reward, cost = (policy * F_R).sum(-1), (policy * F_C).sum(-1)
-    return -actor_loss(relative_value(reward, STAY), cost_violation(cost, STAY, 0.0, hinge), lam)
+    violation = cost_violation(cost, STAY, 0.0, hinge)
+    return actor_loss(relative_value(reward, STAY), violation, lam), violation
 
 
 def brute_force(hinge: str, lam: float, parts: int = 10) -> Tensor:
@@ -167,26 +151,23 @@ def brute_force(hinge: str, lam: float, parts: int = 10) -> Tensor:
     shares = [(i, j, parts - i - j) for i in range(parts + 1) for j in range(parts + 1 - i)]
     grid = torch.tensor(shares, dtype=torch.float64) / parts
     policies = (torch.stack([calm, risky]) for calm in grid for risky in grid)
-    return max(policies, key=lambda policy: objective(policy, hinge, lam).item())
+    return min(policies, key=lambda policy: game(policy, hinge, lam)[0].item())
 
 
-def ascend(hinge: str, lam: float, fixed: bool = True, steps: int = 6000) -> tuple[Tensor, float]:
-    """S6 by exact gradient on softmax logits, and S7 unless lambda is fixed -> policy, lambda. The step
-    shrinks: at the kink of the rectifier a constant one would swing for ever."""
+def descend(hinge: str, lam: float, lambda_lr: float = 0.0, steps: int = 6000) -> tuple[Tensor, float]:
+    """S6 by exact gradient on softmax logits, and S7 -> policy, lambda. The step shrinks: at the kink of the
+    rectifier a constant one would swing for ever."""
     logits = torch.zeros_like(F_R, requires_grad=True)
     log_lambda = torch.tensor(lam, dtype=torch.float64).log()
     for step in range(steps):
-        policy = logits.softmax(-1)
-        loss = -objective(policy, hinge, log_lambda.exp().item())
+        loss, violation = game(logits.softmax(-1), hinge, log_lambda.exp().item())
         (gradient,) = torch.autograd.grad(loss, logits)
         logits.data -= 4 / (1 + step / 100) * gradient
-        if not fixed:
-            violation = cost_violation((policy * F_C).sum(-1), STAY, 0.0, hinge).item()
-            log_lambda = multiplier_step(log_lambda, violation, 0.02, 20.0)
+        log_lambda = multiplier_step(log_lambda, violation.item(), lambda_lr, lambda_max=None)
     return logits.softmax(-1).detach(), log_lambda.exp().item()
 
 
-def told(policy: Tensor) -> str:
+def described(policy: Tensor) -> str:
     """A policy in words, with its reward and cost."""
     states = []
     for (state, actions), shares in zip(CHOICES.items(), policy):
@@ -198,10 +179,17 @@ def told(policy: Tensor) -> str:
 
 def print_bridge() -> None:
     for hinge in ("none", "batch", "point"):
-        print(f"{hinge:<6} lambda {LAMBDA:.2f}   brute force   {told(brute_force(hinge, LAMBDA))}")
-        print(f"{'':<21} algorithm     {told(ascend(hinge, LAMBDA)[0])}")
-    policy, lam = ascend("none", LAMBDA, fixed=False)
-    print(f"none   lambda {lam:.2f}   free to fall  {told(policy)}")
+        print(f"{hinge:<6} lambda {LAMBDA:.2f}   brute force   {described(brute_force(hinge, LAMBDA))}")
+        print(f"{'':<21} algorithm     {described(descend(hinge, LAMBDA)[0])}")
+    policy, lam = descend("none", LAMBDA, lambda_lr=0.02)
+    print(f"none   lambda {lam:.2f}   free to fall  {described(policy)}")
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    choices = ("theorem", "bridge")
+    parser.add_argument("command", nargs="?", choices=choices, default="theorem", help="what to check")
+    return parser.parse_args(argv)
 
 
 def main(args):
@@ -209,7 +197,7 @@ def main(args):
     if args.command == "bridge":
         print_bridge()
     else:
-        print_theorem(theorem(args.worlds, args.iterations, args.lambda_max))
+        print_theorem(*theorem())
 
 
 if __name__ == "__main__":
