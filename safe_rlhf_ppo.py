@@ -36,7 +36,7 @@ import lm
 from lm import end_scores, frame, generate, is_end, micro_batches, pad, rejoin, response_mask, token_log_probs
 from plumbing import checkpoints, cli, data, loading, optim, runs
 from plumbing.adapters import WithoutAdapters, adapt, saver
-from plumbing.cli import Demo, count, finite, fraction, nonnegative, positive
+from plumbing.cli import count, finite, fraction, nonnegative, path_or_none, positive
 from plumbing.data import batch_indices, same_tokenizer
 from plumbing.distributed import (
     clip_gradients,
@@ -52,19 +52,28 @@ from plumbing.files import InputError
 from plumbing.loading import load_causal_lm, load_score_model
 from plumbing.optim import check_finite
 
+DEMO = {
+    "model": "runs/demo/sft/model",
+    "reward_model": "runs/demo/reward_model/model",
+    "cost_model": "runs/demo/cost_model/model",
+    "dataset": "runs/demo/data/prompts_balanced_train.jsonl",
+    "ptx_dataset": "runs/demo/data/ptx.jsonl",
+    "output_dir": "runs/demo/safe_rlhf",
+}
+
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     flag = parser.add_argument
     # models and data
-    flag("--model", default=Demo("runs/demo/sft/model"), help="policy to start from, and the KL's reference")
-    flag("--reward-model", default=Demo("runs/demo/reward_model/model"), help="its critic starts from it")
-    flag("--cost-model", default=Demo("runs/demo/cost_model/model"), help="its critic starts from it")
+    flag("--model", help="policy to start from, and the KL's reference")
+    flag("--reward-model", help="its critic starts from it")
+    flag("--cost-model", help="its critic starts from it")
     flag("--second-cost-model", help="trained with another --seed: the larger of both costs counts")
     flag("--reward-critic", help="another start for the reward critic, with the policy's tokenizer")
     flag("--cost-critic", help="another start for the cost critic, with the policy's tokenizer")
-    flag("--dataset", default=Demo("runs/demo/data/prompts_balanced_train.jsonl"), help="prompts")
-    flag("--ptx-dataset", default=Demo("runs/demo/data/ptx.jsonl"), help="supervised data of E9 ('': none)")
+    flag("--dataset", help="prompts")
+    flag("--ptx-dataset", type=path_or_none, help="supervised data of E9 ('': none)")
     flag("--skip-bad-rows", action="store_true", help="skip and count malformed rows instead of stopping")
     flag("--chat-template", action="store_true", help="use the tokenizer's chat template for prompts")
     # rollout
@@ -102,8 +111,8 @@ def parse_args(argv=None):
     # memory
     flag("--offload-frozen", action="store_true", help="with --fsdp: the frozen models in host memory")
     flag("--lora-output", action="store_true", help="with --lora-rank: adapters of the output layer, too")
-    cli.add_run_flags(parser, "runs/demo/safe_rlhf")
-    return cli.parse(parser, argv)
+    cli.add_run_flags(parser)
+    return cli.parse(parser, argv, DEMO)
 
 
 # ------------------------------------------------------------------------------ equations
