@@ -339,10 +339,7 @@ def main(args):
     summary["suggested_threshold"] = suggested_threshold(initial)
     write_jsonl(os.path.join(args.output_dir, "responses.jsonl"), everything)
     write_json(os.path.join(args.output_dir, "summary.json"), summary)
-    with (
-        writing(os.path.join(args.output_dir, "table.txt")) as temporary,
-        open(temporary, "w", encoding="utf-8") as file,
-    ):
+    with writing(os.path.join(args.output_dir, "table.txt")) as temporary, open(temporary, "w") as file:
         file.write(table(summaries) + "\n")
     print(table(summaries))
     cut_off = ", ".join(f"{name} {s['truncated_rate']:.1%}" for name, s in summaries.items())

@@ -333,7 +333,7 @@ def prepare(folder: Path) -> None:
 
 def fingerprint(folder: Path) -> dict[str, bytes]:
     """What an earlier run left, which a run that fails must not change."""
-    kept = [p for p in (folder / "run").rglob("*") if p.is_file() and p.name != ".lock"]
+    kept = [p for p in (folder / "run").rglob("*") if p.is_file() and p.name not in (".lock", ".pid")]
     return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
 
 

@@ -118,7 +118,7 @@ class Steps:
 
     def __init__(self, command: list[str], log: Path):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with open(log, "w", encoding="utf-8") as errors:
+        with open(log, "w") as errors:
             # threads that wait should sleep, as under make: the other side is working
             environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
             self.process = subprocess.Popen(command, stderr=errors, cwd=ROOT, env=environment, **pipes)

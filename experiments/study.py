@@ -196,7 +196,7 @@ def run_jobs(jobs: list[dict], slots: int) -> None:
                 chosen = ready.pop(0)
                 waiting.remove(chosen)
                 os.makedirs(os.path.dirname(chosen["log"]), exist_ok=True)
-                with open(chosen["log"], "a", encoding="utf-8") as log:
+                with open(chosen["log"], "a") as log:
                     process = subprocess.Popen(chosen["command"], stdout=log, stderr=log, env=environment)
                 running[process] = chosen
             folders = (os.path.relpath(os.path.dirname(j["log"])) for j in running.values())
@@ -209,7 +209,7 @@ def run_jobs(jobs: list[dict], slots: int) -> None:
             for process in ended:
                 finished = running.pop(process)
                 if process.returncode or not os.path.exists(finished["makes"]):
-                    with open(finished["log"], encoding="utf-8", errors="replace") as log:
+                    with open(finished["log"]) as log:
                         last = (log.read().strip().splitlines() or ["no output"])[-1]
                     advice = f"all of it in {finished['log']}; what is done stays done"
                     raise InputError(f"{' '.join(finished['command'][1:3])} failed: {last} ({advice})")

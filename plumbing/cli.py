@@ -55,8 +55,7 @@ def named(text: str) -> tuple[str, str]:
     name, _, path = text.partition("=")
     if not name.strip() or not path.strip():
         raise argparse.ArgumentTypeError(f"must be NAME=FOLDER, got {text!r}")
-    # a locale without UTF-8 hands its bytes over as surrogates: right for the path, unreadable in a name
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), path
+    return name, path
 
 
 def by_name(flag: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
