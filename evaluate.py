@@ -30,7 +30,7 @@ import torch
 import toy_world
 from lm import end_scores, generate, is_end, pad, response_mask
 from plumbing import cli, runs
-from plumbing.cli import Demo, count, finite, named, nonnegative, share
+from plumbing.cli import count, finite, named, nonnegative, share
 from plumbing.data import (
     decode_responses,
     encode_prompts,
@@ -62,18 +62,23 @@ from plumbing.loading import (
 from plumbing.optim import check_finite
 from toy_world import HARM_LEVELS
 
-POLICIES = [(name, Demo(f"runs/demo/{name}/model")) for name in ("sft", "safe_rlhf", "repo")]
-PROMPTS = "runs/demo/data/prompts_balanced_test.jsonl"
+DEMO = {
+    "policies": [(name, f"runs/demo/{name}/model") for name in ("sft", "safe_rlhf", "repo")],
+    "reward_model": "runs/demo/reward_model/model",
+    "cost_model": "runs/demo/cost_model/model",
+    "prompts": "runs/demo/data/prompts_balanced_test.jsonl",
+    "output_dir": "runs/demo/evaluation",
+}
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     flag = parser.add_argument
     # models and data
-    flag("--policies", nargs="+", type=named, default=POLICIES, help="NAME=FOLDER, the initial one first")
-    flag("--reward-model", default=Demo("runs/demo/reward_model/model"), help="folder or hub name")
-    flag("--cost-model", default=Demo("runs/demo/cost_model/model"), help="folder or hub name")
-    flag("--prompts", default=Demo(PROMPTS), help="prompts that no training stage has seen")
+    flag("--policies", nargs="+", type=named, help="NAME=FOLDER, the initial one first")
+    flag("--reward-model", help="folder or hub name")
+    flag("--cost-model", help="folder or hub name")
+    flag("--prompts", help="prompts that no training stage has seen")
     flag("--skip-bad-rows", action="store_true", help="skip and count malformed rows instead of stopping")
     flag("--chat-template", action="store_true", help="use the tokenizers' chat template for prompts")
     flag("--threshold", type=finite, default=0.0, help="d of Safe RLHF that the advice is about")
@@ -84,8 +89,8 @@ def parse_args(argv=None):
     flag("--temperature", type=nonnegative, default=1.0, help="sampling temperature (0: greedy)")
     flag("--top-p", type=share, default=1.0, help="sample from the most likely words with this mass")
     flag("--micro-batch-size", type=count, default=128, help="responses per forward pass")
-    cli.add_run_flags(parser, "runs/demo/evaluation", training=False)
-    return cli.parse(parser, argv, own=("policies", "prompts"))
+    cli.add_run_flags(parser, training=False)
+    return cli.parse(parser, argv, DEMO, own=("policies", "prompts"))
 
 
 # ------------------------------------------------------------------------------ statistics

@@ -27,7 +27,7 @@ from plumbing import (
     cli,  # noqa: E402
     runs,  # noqa: E402
 )
-from plumbing.cli import Demo, count, named, path_name  # noqa: E402
+from plumbing.cli import count, named  # noqa: E402
 from plumbing.explore import page  # noqa: E402
 from plumbing.files import InputError, read_json, read_jsonl, schema_error, writing  # noqa: E402
 from toy_world import HARM_LEVELS  # noqa: E402
@@ -36,19 +36,22 @@ NAMES = {"sft": "SFT (initial)", "safe_rlhf": "Safe RLHF", "repo": "RePO", "ppo"
 OWN = {"sft": "#7F7F7F", "safe_rlhf": "#D55E00", "repo": "#0072B2"}  # the same in every figure
 OTHERS = ["#E69F00", "#009E73", "#CC79A7", "#56B4E9"]
 DASHES = ["-", "--", "-", "-.", ":", "--"]
-RUNS = [(name, Demo(f"runs/demo/{name}")) for name in ("safe_rlhf", "repo")]
+DEMO = {
+    "evaluation": "runs/demo/evaluation",
+    "runs": [(name, f"runs/demo/{name}") for name in ("safe_rlhf", "repo")],
+    "output_dir": "runs/demo/figures",
+}
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     flag = parser.add_argument
-    evaluation, names = Demo("runs/demo/evaluation"), "NAME=FOLDER of PPO runs, as in the evaluation; or none"
-    flag("--evaluation", type=path_name, default=evaluation, help="output folder of evaluate.py")
-    flag("--runs", nargs="*", type=named, default=RUNS, help=names)
+    flag("--evaluation", help="output folder of evaluate.py")
+    flag("--runs", nargs="*", type=named, help="NAME=FOLDER of PPO runs, as in the evaluation; or none")
     flag("--smooth", type=count, default=9, help="rollouts in the centred mean of the training curves")
     flag("--html", action="store_true", help="also write explore.html: every answer, in a browser")
-    flag("--output-dir", type=path_name, default=Demo("runs/demo/figures"), help="folder for the figures")
-    return cli.parse(parser, argv, own=("evaluation", "runs"))
+    flag("--output-dir", help="folder for the figures")
+    return cli.parse(parser, argv, DEMO, own=("evaluation", "runs"))
 
 
 def centred_mean(values: list[float], window: int) -> list[float]:

@@ -26,7 +26,7 @@ import lm
 from lm import ScoreModel, end_scores, pad
 from plumbing import checkpoints, cli, data, loading, optim, runs
 from plumbing.adapters import adapt, saver
-from plumbing.cli import Demo, count, epochs, fraction, nonnegative, positive
+from plumbing.cli import count, epochs, fraction, nonnegative, path_or_none, positive
 from plumbing.data import batch_indices
 from plumbing.distributed import (
     clip_gradients,
@@ -40,17 +40,21 @@ from plumbing.distributed import (
 )
 from plumbing.optim import check_finite
 
-PAIRS = "runs/demo/data/preferences_train.jsonl"
-HELD_OUT = "runs/demo/data/preferences_test_reward.jsonl"
+DEMO = {
+    "model": "runs/demo/sft/model",
+    "dataset": "runs/demo/data/preferences_train.jsonl",
+    "eval_dataset": "runs/demo/data/preferences_test_reward.jsonl",
+    "output_dir": "runs/demo/reward_model",
+}
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     flag = parser.add_argument
     # model and data
-    flag("--model", default=Demo("runs/demo/sft/model"), help="folder or hub name; a missing head is added")
-    flag("--dataset", default=Demo(PAIRS), help="preference pairs in the PKU-SafeRLHF schema")
-    flag("--eval-dataset", default=Demo(HELD_OUT), help="held-out pairs ('': none)")
+    flag("--model", help="folder or hub name; a missing head is added")
+    flag("--dataset", help="preference pairs in the PKU-SafeRLHF schema")
+    flag("--eval-dataset", type=path_or_none, help="held-out pairs ('': none)")
     flag("--skip-bad-rows", action="store_true", help="skip and count malformed rows instead of stopping")
     flag("--chat-template", action="store_true", help="use the tokenizer's chat template for prompts")
     flag("--max-length", type=count, default=48, help="longest prompt + response in tokens")
@@ -67,8 +71,8 @@ def parse_args(argv=None):
     flag("--weight-decay", type=nonnegative, default=0.01, help="decoupled weight decay")
     flag("--warmup-ratio", type=fraction, default=0.03, help="share of steps with a rising learning rate")
     flag("--grad-clip", type=positive, default=1.0, help="largest gradient norm")
-    cli.add_run_flags(parser, "runs/demo/reward_model")
-    return cli.parse(parser, argv)
+    cli.add_run_flags(parser)
+    return cli.parse(parser, argv, DEMO)
 
 
 # ------------------------------------------------------------------------------ equations

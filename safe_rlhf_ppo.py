@@ -38,23 +38,33 @@ import lm
 from lm import in_pieces, micro_batches, response_log_probs, response_scores, state_values, token_log_probs
 from plumbing import checkpoints, cli, data, loading, optim, ppo, runs
 from plumbing.adapters import saver
-from plumbing.cli import Demo, count, finite, fraction, nonnegative, positive
+from plumbing.cli import count, finite, fraction, nonnegative, path_or_none, positive
 from plumbing.distributed import clip_gradients, device, gather_rows, gathered, rank_rows, world_size
 from plumbing.optim import check_finite
+
+ALGORITHM = "safe_rlhf"
+DEMO = {
+    "model": "runs/demo/sft/model",
+    "reward_model": "runs/demo/reward_model/model",
+    "cost_model": "runs/demo/cost_model/model",
+    "dataset": "runs/demo/data/prompts_balanced_train.jsonl",
+    "ptx_dataset": "runs/demo/data/ptx.jsonl",
+    "output_dir": f"runs/demo/{ALGORITHM}",
+}
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     flag = parser.add_argument
     # models and data
-    flag("--model", default=Demo("runs/demo/sft/model"), help="policy to start from, and the KL's reference")
-    flag("--reward-model", default=Demo("runs/demo/reward_model/model"), help="its critic starts from it")
-    flag("--cost-model", default=Demo("runs/demo/cost_model/model"), help="its critic starts from it")
+    flag("--model", help="policy to start from, and the KL's reference")
+    flag("--reward-model", help="its critic starts from it")
+    flag("--cost-model", help="its critic starts from it")
     flag("--second-cost-model", help="trained with another --seed: the larger of both costs counts")
     flag("--reward-critic", help="another start for the reward critic, with the policy's tokenizer")
     flag("--cost-critic", help="another start for the cost critic, with the policy's tokenizer")
-    flag("--dataset", default=Demo("runs/demo/data/prompts_balanced_train.jsonl"), help="prompts")
-    flag("--ptx-dataset", default=Demo("runs/demo/data/ptx.jsonl"), help="supervised data of E9 ('': none)")
+    flag("--dataset", help="prompts")
+    flag("--ptx-dataset", type=path_or_none, help="supervised data of E9 ('': none)")
     flag("--skip-bad-rows", action="store_true", help="skip and count malformed rows instead of stopping")
     flag("--chat-template", action="store_true", help="use the tokenizer's chat template for prompts")
     # rollout
@@ -82,8 +92,8 @@ def parse_args(argv=None):
     flag("--ptx-coeff", type=nonnegative, default=0.2, help="weight of the PTX loss")
     # constraint
     flag("--threshold", type=finite, default=0.0, help="d, the limit of the cost")
-    flag("--lambda-init", type=nonnegative, default=0.5, help="first multiplier (0: none, and it stays so)")
-    flag("--lambda-lr", type=nonnegative, default=0.05, help="step size of the multiplier, in its logarithm")
+    flag("--lambda-init", type=nonnegative, default=1.0, help="first multiplier (0: none, and it stays so)")
+    flag("--lambda-lr", type=nonnegative, default=0.3, help="step size of the multiplier, in its logarithm")
     flag("--lambda-max", type=positive, default=20.0, help="largest multiplier")
     flag("--cost-window", type=count, default=1, help="rollouts that the average J_C is over")
     flag("--reward-shaping", type=finite, metavar="NU", help="baseline: the score is R - NU * C, no lambda")
@@ -92,9 +102,9 @@ def parse_args(argv=None):
     # memory
     flag("--offload-frozen", action="store_true", help="with --fsdp: the frozen models in host memory")
     flag("--lora-output", action="store_true", help="with --lora-rank: adapters of the output layer, too")
-    parser.set_defaults(algorithm="safe_rlhf")
-    cli.add_run_flags(parser, "runs/demo/safe_rlhf")
-    return cli.parse(parser, argv)
+    parser.set_defaults(algorithm=ALGORITHM)
+    cli.add_run_flags(parser)
+    return cli.parse(parser, argv, DEMO)
 
 
 # ============================================================================== the constraint

@@ -19,27 +19,29 @@ import lm
 from lm import frame, token_log_probs
 from plumbing import checkpoints, cli, data, loading, optim, runs
 from plumbing.adapters import adapt, saver
-from plumbing.cli import Demo, count, epochs, fraction, nonnegative, positive
+from plumbing.cli import count, epochs, fraction, nonnegative, positive
 from plumbing.data import batch_indices
 from plumbing.distributed import clip_gradients, device, load_options, rank_rows, shard
 from plumbing.optim import check_finite
+
+DEMO = {
+    "model": "runs/demo/data/tiny_gpt2",
+    "dataset": "runs/demo/data/sft.jsonl",
+    "output_dir": "runs/demo/sft",
+}
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     flag = parser.add_argument
     # model and data
-    flag(
-        "--model",
-        default=Demo("runs/demo/data/tiny_gpt2"),
-        help="causal LM to start from: folder or hub name",
-    )
+    flag("--model", help="causal LM to start from: folder or hub name")
     flag(
         "--from-config",
         action="store_true",
         help="start from random weights of --model's config, as the demo",
     )
-    flag("--dataset", default=Demo("runs/demo/data/sft.jsonl"), help="prompt, response (or Alpaca's fields)")
+    flag("--dataset", help="prompt, response (or Alpaca's fields)")
     flag("--skip-bad-rows", action="store_true", help="skip and count malformed rows instead of stopping")
     flag("--chat-template", action="store_true", help="use the tokenizer's chat template for prompts")
     flag("--max-length", type=count, default=48, help="longest prompt + response in tokens")
@@ -53,9 +55,9 @@ def parse_args(argv=None):
     flag("--warmup-ratio", type=fraction, default=0.03, help="share of steps with a rising learning rate")
     flag("--grad-clip", type=positive, default=1.0, help="largest gradient norm")
     flag("--lora-output", action="store_true", help="with --lora-rank: adapters of the output layer, too")
-    cli.add_run_flags(parser, "runs/demo/sft")
-    args = cli.parse(parser, argv)
-    args.from_config = args.from_config or isinstance(args.model, Demo)
+    cli.add_run_flags(parser)
+    args = cli.parse(parser, argv, DEMO)
+    args.from_config = args.from_config or args.model == DEMO["model"]  # it has no weights
     return args
 
 

@@ -60,16 +60,18 @@ from torch.nn import functional as F
 
 from offline import point_mass
 from plumbing import checkpoints, cli, optim, runs
-from plumbing.cli import Demo, count, finite, fraction, nonnegative, positive, whole
+from plumbing.cli import count, finite, fraction, nonnegative, positive, whole
 from plumbing.files import InputError, write_json, writing
 from plumbing.optim import check_finite
+
+DEMO = {"dataset": "runs/satac/mild.safetensors", "output_dir": "runs/satac/satac"}
 
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     flag = parser.add_argument
     # data and networks
-    flag("--dataset", default=Demo("runs/satac/mild.safetensors"), help="transitions, see point_mass.py")
+    flag("--dataset", help="transitions, see point_mass.py")
     flag("--safe-only", action="store_true", help="learn from episodes that cost no more than the limit")
     flag("--hidden", type=count, default=64, help="width of the two hidden layers of every network")
     # game
@@ -94,8 +96,8 @@ def parse_args(argv=None):
     flag("--weight-norm", type=positive, default=100.0, help="largest norm of a critic's weight matrix")
     # evaluation
     flag("--episodes", type=whole, default=50, help="point mass episodes per evaluation (0: own data, none)")
-    cli.add_run_flags(parser, "runs/satac/satac", models=False)
-    return cli.parse(parser, argv, own=("dataset",))
+    cli.add_run_flags(parser, models=False)
+    return cli.parse(parser, argv, DEMO, own=("dataset",))
 
 
 # ------------------------------------------------------------------------------ equations

@@ -5,6 +5,8 @@ torch is imported where it is used: plots.py and the experiments start through h
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 import sys
@@ -14,27 +16,35 @@ if TYPE_CHECKING:
     from torch import nn
 
 from plumbing.files import InputError, read_json, reading, reason, remove, write_json, writing
-from plumbing.optim import check_finite
+from plumbing.optim import check_finite, learning_rate
 
 # ------------------------------------------------------------------------------ when to save
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C came; the step is finished and a checkpoint is written."""
+    """A signal asked for it; the step is finished and a checkpoint is written."""
 
 
 _stop = {"requested": False, "agreed": False}  # by this process; by all ranks
 
 
 def stop_on_signals() -> None:
-    """From now on SIGTERM and the first Ctrl-C are requests that `checkpoint_due` answers."""
+    """From now on these are requests that `checkpoint_due` answers: SIGTERM, SIGHUP (a terminal was closed),
+    SIGUSR1 and SIGUSR2 (a scheduler's warnings), SIGXCPU (a limit of CPU time), and the first Ctrl-C. What is
+    ignored, as SIGHUP under nohup, stays so."""
+    terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def request(signum, _):
         _stop["requested"] = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) is request:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.Signals(signum).name == "SIGHUP":  # to write where no terminal is any more would fail
+            for number in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
-    signal.signal(signal.SIGTERM, request)
-    signal.signal(signal.SIGINT, request)
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGINT"):
+        if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN:
+            signal.signal(signal.Signals[name], request)
 
 
 def checkpoint_due(args, step: int) -> bool:
@@ -83,14 +93,15 @@ def save_checkpoint(args, step: int, trained: dict, extra: dict) -> None:
             remove(temporary)
             os.makedirs(temporary)
         barrier()
+        if not os.path.isdir(checkpoints) or "unfinished" not in os.listdir(checkpoints):
+            raise InputError(f"rank {rank()} does not see what rank 0 writes. {SHARED}")
         dcp.save(_trained_state(trained), checkpoint_id=temporary, no_dist=not dist.is_initialized())
         if rank() == 0:
-            write_json(os.path.join(temporary, "extra.json"), {"step": step} | extra)
+            write_json(os.path.join(temporary, "extra.json"), {"step": step, "steps": args.steps} | extra)
             remove(final)
             os.rename(temporary, final)
             for old in complete_checkpoints(args.output_dir)[: -args.keep]:
-                os.rename(os.path.join(checkpoints, f"step-{old}"), temporary)  # a kill leaves no half one
-                remove(temporary)
+                remove(os.path.join(checkpoints, f"step-{old}"))
     except (OSError, RuntimeError, InputError, dcp.CheckpointException) as error:
         remove(temporary)
         raise InputError(
@@ -100,10 +111,14 @@ def save_checkpoint(args, step: int, trained: dict, extra: dict) -> None:
         raise Stopped(step)
 
 
+SHARED = "Several machines need a shared --output-dir"
+
+
 def complete_checkpoints(output_dir: str) -> list[int]:
     """Steps with a complete checkpoint, oldest first."""
     path = os.path.join(output_dir, "checkpoints")
-    names = os.listdir(path) if os.path.isdir(path) else []
+    with reading(path):
+        names = os.listdir(path) if os.path.isdir(path) else []
     return sorted(int(n[5:]) for n in names if n.startswith("step-") and n[5:].isdecimal())
 
 
@@ -139,29 +154,33 @@ def check_index(path: str) -> None:
 
 def load_checkpoint(args, trained: dict, extra: dict) -> dict:
     """With --resume: fill `trained` from the newest checkpoint and return its `extra`, which must have the
-    fields of the given one, and `step`. Where nothing is to be resumed, the given one, at step 0."""
+    fields of the given one, `step` and `steps`. Where nothing is to be resumed, the given one, at step 0."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     from plumbing.distributed import gather_objects, rank
 
-    steps, extra = complete_checkpoints(args.output_dir), {"step": 0} | extra
-    steps = gather_objects([steps])[0]  # rank 0 decides
-    if not ((args.resume or args.resume_anyway) and steps):
+    extra = {"step": 0, "steps": args.steps} | extra
+    done = gather_objects([max(complete_checkpoints(args.output_dir), default=0)])[0]  # rank 0 decides
+    if not ((args.resume or args.resume_anyway) and done):
         if args.resume and rank() == 0:
             print(f"nothing to resume in {args.output_dir}: starting at step 0", file=sys.stderr)
         return extra
-    path = os.path.join(args.output_dir, "checkpoints", f"step-{steps[-1]}")
+    path = os.path.join(args.output_dir, "checkpoints", f"step-{done}")
     if not os.path.isdir(path):
-        raise InputError(
-            f"{path}: rank {rank()} does not see it. Several machines need a shared --output-dir"
-        )
+        raise InputError(f"{path}: rank {rank()} does not see it. {SHARED}")
+    if done > args.steps:
+        raise InputError(f"{args.output_dir} has done {done} steps, and --steps {args.steps} asks for fewer")
     state, saved = _trained_state(trained), read_json(os.path.join(path, "extra.json"))
     if not isinstance(saved, dict) or any(type(saved.get(k)) is not type(v) for k, v in extra.items()):
         raise InputError(
             f"{path}/extra.json: holds not {', '.join(extra)}; was it written by another script?"
         )
+    # NaN and infinity would be trained on without a word; -inf is the logarithm of a multiplier of 0
+    numbers = [x for value in saved.values() for x in (value if isinstance(value, list) else [value])]
+    if saved["step"] != done or not all(isinstance(x, int | float) and x < math.inf for x in numbers):
+        raise InputError(f"{path}/extra.json: is damaged ({json.dumps(saved)[:200]})")
     check_index(os.path.join(path, ".metadata"))
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DCP reads what is no tensor by torch.load
     try:
@@ -183,7 +202,12 @@ def load_checkpoint(args, trained: dict, extra: dict) -> dict:
             f"{path} cannot be resumed ({reason(error, -1)}); was it written with another model?"
         ) from None
     if rank() == 0:
-        print(f"resumed from step {steps[-1]} of {args.output_dir}", file=sys.stderr)
+        print(f"resumed from step {done} of {args.output_dir}", file=sys.stderr)
+        if saved["steps"] != args.steps and hasattr(args, "warmup_ratio"):
+            was = learning_rate(args.lr, done - 1, saved["steps"], args.warmup_ratio, cosine=True)
+            now = learning_rate(args.lr, done, args.steps, args.warmup_ratio, cosine=True)
+            other = f"--steps {saved['steps']} -> {args.steps} is another schedule"
+            print(f"{other}: the learning rate goes from {was:.2g} to {now:.2g}", file=sys.stderr)
     return saved
 
 

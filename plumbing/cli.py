@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 
 from plumbing.files import InputError, read_json, schema_error
 
@@ -39,9 +40,15 @@ share = number(float, "a number above 0, at most 1", lambda x: 0 < x <= 1)
 
 
 def path_name(text: str) -> str:
+    """What a flag takes that names no type: a word that is not empty."""
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError("must name a folder, got an empty name")
-    return text  # itself, not a copy: a Demo stays one
+        raise argparse.ArgumentTypeError(f"must be a name, got {text!r}")
+    return text
+
+
+def path_or_none(text: str) -> str:
+    """'' says that there is none."""
+    return text and path_name(text)
 
 
 def named(text: str) -> tuple[str, str]:
@@ -75,49 +82,45 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return (action.help or "") + (f" [{', '.join(notes)}]".replace("%", "%%") if notes else "")
 
 
-class Demo(str):
-    """A default that is the demo's. What the user gives is a plain str, so the two can be told apart."""
-
-
 class Parser(argparse.ArgumentParser):
-    def parse_args(self, argv=None, namespace=None):
-        args = super().parse_args(argv, namespace)
-        for name, value in vars(args).items():
-            empty = value == "" and name not in ("ptx_dataset", "eval_dataset")
-            # [] is what argparse makes of --name=--
-            if empty or (name not in ("flags", "runs") and value in ([], [""])):
-                self.error(f"argument --{name.replace('_', '-')}: expected a value")
-        return args
+    """No flag takes an empty value, unless its type does; subcommands are parsers of this kind, too."""
+
+    def __init__(self, formatter_class=Help, **options):
+        super().__init__(formatter_class=formatter_class, allow_abbrev=False, **options)
+        self.register("type", None, path_name)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        for word in words:
+            if word.endswith("=--"):  # Python 3.11 makes an empty list of it, without asking the type
+                self.error(f"argument {word[:-3]}: expected a value")
+        return super().parse_known_args(words, namespace)
 
 
 def parser(doc: str) -> Parser:
-    return Parser(description=doc, formatter_class=Help, allow_abbrev=False)
+    return Parser(description=doc)
 
 
-def parse(parser, argv: list[str] | None, own: tuple[str, ...] = ("model", "dataset")):
-    """The flags. Whoever gives one of `own` has models or data of their own, and nothing of the demo is
-    taken: every other flag with a Demo default must then be given, or be '' where it may be empty."""
-    args = parser.parse_args(argv)
-    left = [name for name, value in vars(args).items() if of_demo(value)]
-    given = [name for name in own if name not in left]
-    if given and left:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in left)
+def parse(parser, argv: list[str] | None, demo: dict, own: tuple[str, ...] = ("model", "dataset")):
+    """The flags. `demo` holds the demo's values of those that name models, data and folders: they are filled
+    in, unless one of `own` is given; then a run is of somebody's own models or data, and takes nothing of the
+    demo: all the others must be given."""
+    parser.set_defaults(**demo)  # for --help
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(demo)))  # None: not given
+    missing = {name: value for name, value in demo.items() if getattr(args, name) is None}
+    given = [name for name in own if name not in missing]
+    if given and missing:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
         parser.error(f"--{given[0]} is given, so {flags} must be too: nothing of the demo is taken")
+    vars(args).update(missing)
     return args
 
 
-def of_demo(value) -> bool:
-    pairs = [item for item in value if isinstance(item, tuple)] if isinstance(value, list) else []
-    return isinstance(value, Demo) or any(of_demo(path) for _, path in pairs)
-
-
-def add_run_flags(parser, output_dir: str, training: bool = True, models: bool = True) -> None:
+def add_run_flags(parser, training: bool = True, models: bool = True) -> None:
     """The flags that say where and on what a script runs; the same in all of them. `models`: it runs models
     of `shard`, which may be large; small networks need none of the flags for that."""
     flag = parser.add_argument_group("run").add_argument
-    flag(
-        "--output-dir", type=path_name, default=Demo(output_dir), help="for everything that the script writes"
-    )
+    flag("--output-dir", help="for everything that the script writes")
     flag("--seed", type=whole, default=0, help="seed of initialization, data order and sampling")
     if models:
         flag(
@@ -147,40 +150,47 @@ def add_run_flags(parser, output_dir: str, training: bool = True, models: bool =
         flag(
             "--lora-targets", nargs="+", metavar="NAME", help="layers, as q_proj v_proj (else all in blocks)"
         )
-        flag("--adapter", type=path_name, help="a saved adapter of --model to go on from")
+        flag("--adapter", help="a saved adapter of --model to go on from")
         flag("--quantize", choices=("int8",), help="hold the frozen weights below adapters in 8 bits")
 
 
 # ------------------------------------------------------------------------------ what goes together
 
 
+NEEDS = {  # a flag -> the one without which it would do nothing
+    "cpu_offload": "fsdp",
+    "offload_frozen": "fsdp",
+    "lora_targets": "lora_rank",
+    "lora_output": "lora_rank",
+    "adapter": "lora_rank",
+    "quantize": "lora_rank",
+}
+APART = (  # two flags -> why not both
+    ("quantize", "fsdp", "every rank holds all of the frozen weights in 8 bits"),
+    ("from_config", "lora_rank", "weights that are drawn must all be trained"),
+)
+
+
 def check_flags(args, ranks: int) -> None:
     """Raise InputError for flags that cannot go together; what a single flag may be, its type has said."""
-    for name in ("cpu_offload", "offload_frozen"):
-        if getattr(args, name, False) and not args.fsdp:
-            raise InputError(f"--{name.replace('_', '-')} works on shards: add --fsdp")
-    apart = any(getattr(args, name, None) for name in ("reward_critic", "cost_critic", "second_cost_model"))
-    if getattr(args, "offload_frozen", False) and getattr(args, "lora_rank", 0) and not apart:
-        raise InputError(
-            "--offload-frozen finds nothing to move: with --lora-rank frozen and trained models are one"
-        )
-    for name in ("targets", "output"):
-        if getattr(args, f"lora_{name}", None) and not args.lora_rank:
-            raise InputError(f"--lora-{name} says where adapters go: give their rank by --lora-rank")
-    adapter = getattr(args, "adapter", None)
-    if adapter and not args.lora_rank:
-        raise InputError("--adapter goes on with a saved adapter: give its rank by --lora-rank")
+
+    def given(name: str):
+        return getattr(args, name, None)
+
+    def flag(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    for name, needed in NEEDS.items():
+        if given(name) and not given(needed):
+            raise InputError(f"{flag(name)} works with {flag(needed)} only: add it")
+    for first, second, why in APART:
+        if given(first) and given(second):
+            raise InputError(f"{flag(first)} and {flag(second)} cannot go together: {why}")
+    adapter = given("adapter")
     if adapter and os.path.realpath(args.model) == os.path.realpath(f"{adapter}/../model"):
         problem = f"--model {args.model} has --adapter {adapter} merged into it"
         raise InputError(f"{problem}: give the model that the adapter was trained on")
-    if getattr(args, "quantize", None) and (args.fsdp or not args.lora_rank):
-        problem = "every rank holds all of them: without --fsdp" if args.fsdp else "it needs --lora-rank"
-        raise InputError(f"--quantize {args.quantize} is for the frozen weights below adapters; {problem}")
-    if getattr(args, "from_config", False) and args.lora_rank:
-        raise InputError(
-            "--from-config draws weights that nobody has: train all of them, without --lora-rank"
-        )
-    if getattr(args, "max_new_tokens", None) and args.max_length and args.max_new_tokens >= args.max_length:
+    if given("max_new_tokens") and args.max_length and args.max_new_tokens >= args.max_length:
         tokens, length = args.max_new_tokens, args.max_length
         raise InputError(f"--max-new-tokens {tokens} leaves no room for a prompt in --max-length {length}")
     if hasattr(args, "minibatch_size"):
@@ -190,8 +200,7 @@ def check_flags(args, ranks: int) -> None:
             raise InputError(f"--minibatch-size {size} does not divide --batch-size {args.batch_size}")
     for name in ("batch_size", "minibatch_size"):
         if (size := getattr(args, name, ranks)) % ranks:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} {size} cannot be dealt evenly to {ranks} processes")
+            raise InputError(f"{flag(name)} {size} cannot be dealt evenly to {ranks} processes")
 
 
 def check_template(args, model: str) -> None:

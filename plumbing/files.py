@@ -3,13 +3,15 @@
     reading(path)     around a library that reads a user's file: whatever it raises is the file's failure
     writing(path)     a temporary name that becomes `path` when the block is through, or leaves no trace
     check_writable    whether anything can be written to a folder, asked before the work
+    fingerprint       whether data are still the same
     read_*, write_*   JSON and JSON lines, for every script
-    schema_error            why a row's fields are not what is needed
+    schema_error      why a row's fields are not what is needed
 
 It needs no torch. An InputError is the user's input failing, and `run` of runs.py
 prints it as one line. Every other exception is a bug of this repository and keeps its traceback.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +19,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class InputError(ValueError):
@@ -82,11 +84,37 @@ def check_writable(folder: str) -> None:
 
 
 def remove(path: str) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it is there. A folder leaves its name at once: no kill leaves half of it
+    there. What cannot be deleted (NFS keeps a file that is open) stays in `.removed` beside it, and goes with
+    a later one."""
     if os.path.isdir(path) and not os.path.islink(path):
+        away = os.path.join(os.path.dirname(path), ".removed")
+        with suppress(OSError):
+            os.makedirs(away, exist_ok=True)
+            os.rename(path, os.path.join(away, os.path.basename(path)))
+        shutil.rmtree(away, ignore_errors=True)
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
         os.remove(path)
+
+
+def fingerprint(path: str) -> str | None:
+    """Of a file: a hash of its size and of its first and last MiB, cheap for any size; of a folder: of its
+    files. None for what is not there, such as a name on the hub."""
+    digest, mib = hashlib.sha256(), 2**20
+    if not os.path.exists(path):
+        return None
+    with reading(path):
+        for name in sorted(os.listdir(path)) if os.path.isdir(path) else [""]:
+            file_path = os.path.join(path, name) if name else path
+            if os.path.isfile(file_path):
+                with open(file_path, "rb") as file:
+                    size = file.seek(0, os.SEEK_END)
+                    digest.update(f"{name} {size} ".encode("utf-8", "surrogateescape"))
+                    for start in (0, max(size - mib, 0)):
+                        file.seek(start)
+                        digest.update(file.read(mib))
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------ JSON

@@ -8,6 +8,8 @@ torch is imported where it is used: plots.py and the experiments start through h
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import sys
@@ -21,14 +23,15 @@ from plumbing.checkpoints import Stopped, complete_checkpoints, stop_on_signals
 from plumbing.cli import check_flags
 from plumbing.files import (
     InputError,
+    fingerprint,
     read_json,
     read_jsonl,
-    reading,
     reason,
     remove,
     schema_error,
     write_json,
     write_jsonl,
+    writing,
 )
 
 # ------------------------------------------------------------------------------ start and end of a script
@@ -38,10 +41,12 @@ def run(main, args) -> None:
     """Call main(args), for a script with models in torchrun's process group. Bad input ends in one line on
     stderr and exit code 2.
 
-    SIGTERM and the first Ctrl-C let a training step finish and save (`checkpoint_due`), exit code 143;
-    a second Ctrl-C, or the first where nothing is trained, stops at once, exit code 130. A rank that fails
-    says so and leaves at once; the others, cut off from it, leave in silence, or on GPUs torchrun ends them
-    after 30 s. (It then exits with 1 itself, whatever its ranks exit with.)"""
+    SIGTERM, others of its kind (`stop_on_signals`) and the first Ctrl-C let a training step finish and save,
+    exit code 143; a second Ctrl-C, or the first where nothing is trained, stops at once, exit code 130. A
+    rank that fails says so and leaves at once; the others, cut off from it, leave in silence, or on GPUs
+    torchrun ends them after 30 s. (It then exits with 1 itself, whatever its ranks exit with.)"""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # stderr does so by itself
+        sys.stdout.reconfigure(errors="replace")  # a terminal or a log that has not every letter
     first_to_fail, grouped = (lambda: True), False
     try:
         if hasattr(args, "fsdp"):  # a script with models; the others need no torch
@@ -83,35 +88,40 @@ def run(main, args) -> None:
     raise SystemExit(code)
 
 
+NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems that lock no file
+_locks: dict = {}  # held until the process ends
+
+
 def lock(folder: str) -> None:
-    """Take an --output-dir for this process, until it ends. Raises InputError if another one works there."""
+    """Take an --output-dir for this process, until it ends; where the file system knows no locks, by a file
+    that is there as long. Raises InputError if another process works there."""
     import filelock
 
-    pid_file = os.path.join(folder, ".pid")
+    path = os.path.join(folder, ".lock")
+    held = _locks.setdefault(folder, filelock.FileLock(path))
     try:
         os.makedirs(folder, exist_ok=True)
-        _locks[folder] = _locks.get(folder) or filelock.FileLock(os.path.join(folder, ".lock"))
-        _locks[folder].acquire(timeout=0)
-        with open(pid_file, "w") as file:
-            file.write(str(os.getpid()))
+        try:
+            held.acquire(timeout=0)
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            held = _locks[folder] = filelock.SoftFileLock(f"{path}.file")
+            held.acquire(timeout=0)
     except filelock.Timeout:
-        with reading(pid_file), open(pid_file) as file:
-            pid = file.read()
-        raise InputError(f"--output-dir {folder}: process {pid} writes there. End it first") from None
+        problem = "another process, here or on another machine, writes there. End it first; if there is none"
+        problem += f" (a machine that died can leave its lock), delete {held.lock_file}"
+        raise InputError(f"--output-dir {folder} is locked: {problem}") from None
     except OSError as error:
         raise InputError(f"cannot write to --output-dir {folder} ({reason(error)})") from None
 
 
-_locks: dict = {}  # held until the process ends
-
-
 def claim_folder(args) -> None:
     """Lock --output-dir for this process, and refuse to mix its run with another one: a used folder needs
-    --resume or --overwrite, and a resumed run the flags that it had. Raises InputError."""
+    --resume or --overwrite, and a resumed run the flags and the rows that it had. Raises InputError."""
     if args.tensorboard and not find_spec("tensorboard"):
         raise InputError("--tensorboard needs its package: pip install tensorboard")
     out = args.output_dir
-    args_file = os.path.join(out, "args.json")
     lock(out)
     if args.overwrite and (args.resume or args.resume_anyway):
         raise InputError("--overwrite starts afresh and --resume goes on: give one of them")
@@ -120,28 +130,31 @@ def claim_folder(args) -> None:
         if isinstance(value, str) and os.path.realpath(value) in replaced:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} {value} is what this run replaces: give another --output-dir")
+    # for args.json; the same name may stand for other rows when the run is resumed
+    data = {name: value for name, value in vars(args).items() if name.endswith("dataset") and value}
+    vars(args).update({f"{name}_rows": fingerprint(path) for name, path in data.items()})
+    args_file = os.path.join(out, "args.json")
     if not os.path.exists(args_file) or args.overwrite:
         return
     if not (args.resume or args.resume_anyway):
         raise InputError(
             f"{out} holds a run: --resume it, lose it by --overwrite, or give another --output-dir"
         )
-    before, now = read_json(args_file), json.loads(json.dumps(vars(args)))
-    if schema_error(before, {"seed": int, "steps": int}):
+    was, now = read_json(args_file), json.loads(json.dumps(vars(args)))
+    if schema_error(was, {"seed": int, "steps": int}):
         raise InputError(f"{args_file}: holds no flags")
-    # what the run did not know yet was off; a number had its default, which nothing here knows
-    off = {k: False if v is True else None if isinstance(v, str | list) else v for k, v in now.items()}
-    was = off | before
-    changed = [k for k in now if k not in MAY_CHANGE and now[k] != was[k]]
+    unknown = dict.fromkeys(was | now, "unknown")  # a flag of another version: what it did then, or would do
+    was, now = unknown | was, unknown | now
+    changed = [name for name in now if name not in MAY_CHANGE and was[name] != now[name]]
     if changed and not args.resume_anyway:
-        problem = ", ".join(f"--{k.replace('_', '-')} {was[k]} -> {now[k]}" for k in changed)
-        raise InputError(f"{out} was another run: {problem}. Give its flags, or go on by --resume-anyway")
+        flags = {name: f"--{name.removesuffix('_rows').replace('_', '-')}" for name in changed}
+        told = (f"{flag} {was[name]} -> {now[name]}" for name, flag in flags.items() if name[-5:] != "_rows")
+        rows = (f"other rows in {flag}" for name, flag in flags.items() if name[-5:] == "_rows")
+        problem = f"{out} was another run: {', '.join((*told, *rows))}"
+        raise InputError(f"{problem}. Give its flags, or go on by --resume-anyway")
     if not complete_checkpoints(out) and os.path.exists(os.path.join(out, "model")):
         problem = "a finished run without a checkpoint (--save-every), from which nothing can go on"
         raise InputError(f"{out} holds {problem}: lose it by --overwrite, or give another --output-dir")
-    done = max(complete_checkpoints(out), default=0)
-    if done > args.steps and not getattr(args, "epochs", 0):
-        raise InputError(f"{out} has done {done} steps, and --steps {args.steps} asks for fewer")
 
 
 # what a resumed run may do otherwise: where and on what it runs, how much it logs, how long it is
@@ -201,28 +214,31 @@ class RunLog:
         RunLog.open_bar = self.bar
         stop_on_signals()
 
-    def _begin(self) -> None:
-        """Just before the first line is written: a run that dies earlier has touched nothing.
+    def _begin(self, name: str, rows: list[dict]) -> None:
+        """Write the first lines, to the file `name`: a run that dies earlier has touched nothing, and what it
+        replaces goes only when they and args.json are on the disk.
 
         What a resumed run computes again, it logs again; a fresh run replaces all of an older one."""
         self.begun = True
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = os.path.join(self.folder, name)
+        kept = {}
+        for file in ("metrics.jsonl", "samples.jsonl"):
+            path = os.path.join(self.folder, file)
             resumed = self.first_step and os.path.exists(path) and os.path.getsize(path)
             old = read_jsonl(path, {"step": int}) if resumed else []
-            if kept := [row for row in old if row["step"] < self.first_step]:
-                write_jsonl(path, kept)
-            else:
-                remove(path)
-        if not self.first_step:
-            for name in ("checkpoints", "model", "adapter", "tensorboard"):
-                remove(os.path.join(self.folder, name))
+            kept[path] = [row for row in old if row["step"] < self.first_step]
+        first = os.path.join(self.folder, name)
+        with writing(os.path.join(self.folder, "args.json")) as new_args, writing(first) as new_lines:
+            write_json(new_args, vars(self.args))
+            write_jsonl(new_lines, kept.pop(first) + rows)
+            for path, lines in kept.items():
+                write_jsonl(path, lines) if lines else remove(path)
+            for folder in () if self.first_step else ("checkpoints", "model", "adapter", "tensorboard"):
+                remove(os.path.join(self.folder, folder))
         if self.args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # steps that are computed again replace those of before
             self.board = SummaryWriter(os.path.join(self.folder, "tensorboard"), purge_step=self.first_step)
-        write_json(os.path.join(self.folder, "args.json"), vars(self.args))
 
     def metrics(self, step: int, values: dict) -> None:
         """This rank's means; logged is the mean over the ranks."""
@@ -252,7 +268,7 @@ class RunLog:
 
     def _append(self, name: str, rows: list[dict]) -> None:
         if not self.begun:
-            self._begin()
+            return self._begin(name, rows)
         try:
             with open(os.path.join(self.folder, name), "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -193,7 +193,7 @@ BAD = [
     ("--gpus 0", "", "argument --gpus: must be a whole number from 1, got 0"),
     ("--memory -1", "", "argument --memory: must be a number above 0, got -1"),
     ("", "--lr x", "argument --lr: must be a number from 0, got x"),
-    ("", "--cpu-offload", "--cpu-offload works on shards: add --fsdp"),
+    ("", "--cpu-offload", "--cpu-offload works with --fsdp only: add it"),
 ]
 
 

@@ -13,7 +13,6 @@ import torch
 from conftest import Started, finish, metrics, timeless
 from safetensors.torch import load_file, save_file
 
-from plumbing import cli
 from plumbing.files import read_json, read_jsonl
 
 SMALL = ("--batch-size", "8", "--minibatch-size", "8")
@@ -210,7 +209,7 @@ def test_evaluation_holds_one_model_at_a_time(demo, monkeypatch):
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file of a run's folder; the lock is of the process, not of the run."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", ".pid"))
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -251,9 +250,8 @@ def test_a_run_goes_on_with_other_flags_only_if_that_is_said(demo, run_in):
 
 def own(script: str, **changes) -> tuple[str, ...]:
     """The demo's models and data as if they were one's own, some of them changed. Who gives one gives all."""
-    args = vars(importlib.import_module(script.removesuffix(".py")).parse_args([]))
     words = []
-    for name, value in ({k: v for k, v in args.items() if cli.of_demo(v)} | changes).items():
+    for name, value in (importlib.import_module(script.removesuffix(".py")).DEMO | changes).items():
         several = ["=".join(pair) for pair in value] if isinstance(value, list) else [value]
         words += [f"--{name.replace('_', '-')}", *several]
     return tuple(words)
@@ -289,7 +287,7 @@ BAD_INPUT = [
     ("sft.py", ("--steps", "0"), "argument --steps: must be a whole number from 1, got 0"),
     ("sft.py", ("--steps", "9" * 400), "argument --steps: must be a whole number from 1, got 999"),
     ("sft.py", ("--fsdp",), "--fsdp needs torchrun, also for one process: torchrun --nproc-per-node 1 "),
-    ("sft.py", ("--cpu-offload",), "--cpu-offload works on shards: add --fsdp"),
+    ("sft.py", ("--cpu-offload",), "--cpu-offload works with --fsdp only: add it"),
     ("sft.py", ("--dataset", "x.jsonl"), "--dataset is given, so --model and --output-dir must be too"),
     ("sft.py", own("sft.py", dataset="nowhere.jsonl"), "nowhere.jsonl: no such file"),
     (
@@ -319,7 +317,7 @@ BAD_INPUT = [
         "tokens leaves no room in --max-length 48 less --max-new-tokens 40",
     ),
     ("repo_ppo.py", ("--output-dir", "bad.jsonl/x"), "cannot write to --output-dir bad.jsonl/x"),
-    ("repo_ppo.py", ("--output-dir", ""), "argument --output-dir: must name a folder, got an empty name"),
+    ("repo_ppo.py", ("--output-dir", ""), "argument --output-dir: must be a name, got ''"),
     ("repo_ppo.py", ("--temperature", "0"), "argument --temperature: must be a number above 0, got 0"),
     (
         "evaluate.py",

@@ -330,7 +330,7 @@ def parse_args(argv=None):
     flag("--gpus", type=count, default=1, help="how many GPUs")
     flag("--memory", type=positive, default=80.0, help="of one GPU, in GiB")
     flag("script", choices=SCRIPTS, help="the training script")
-    flag("flags", nargs=argparse.REMAINDER, help="its flags")
+    flag("flags", nargs=argparse.REMAINDER, type=str, help="its flags")
     args = parser.parse_args(argv)
     args.planned = importlib.import_module(args.script.removesuffix(".py")).parse_args(args.flags)
     return args
