@@ -139,7 +139,7 @@ class Steps:
 
     def __init__(self, command: list[str], log: Path):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with open(log, "w") as errors:
+        with open(log, "w", encoding="utf-8") as errors:
             # threads that wait should sleep, as under make: the other side is working
             environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
             self.process = subprocess.Popen(command, stderr=errors, cwd=ROOT, env=environment, **pipes)
@@ -148,7 +148,8 @@ class Steps:
     def read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{' '.join(self.process.args)} failed:\n{self.log.read_text()[-2000:]}")
+            said = self.log.read_text(encoding="utf-8")[-2000:]
+            raise SystemExit(f"{' '.join(self.process.args)} failed:\n{said}")
         return json.loads(line)
 
     def step(self) -> dict:

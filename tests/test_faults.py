@@ -1,9 +1,11 @@
 """What goes wrong from outside: damaged input by the dozen, a rank that fails, a request to stop at a bad
 moment, a full disk, a checkpoint that would run code."""
 
+import gzip
 import json
 import os
 import pickle
+import random
 import resource
 import subprocess
 import sys
@@ -15,16 +17,28 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ENVIRONMENT, ROOT
 
+import toy_world
 from plumbing import checkpoints, distributed, files, optim, runs
 from plumbing.files import InputError
+from plumbing.loading import load_score_model, load_tokenizer
+from recipes.rehearsal import write_models
 
 
-def test_bad_inputs_end_in_one_line_or_are_good():
-    """A sample of benchmarks/bad_inputs.py, whose exit code says whether any case was not."""
-    command = [sys.executable, str(ROOT / "benchmarks/bad_inputs.py"), "--cases", "100"]
-    process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=250)
-    assert process.returncode == 0, process.stdout + process.stderr[-2000:]
-    assert process.stdout.startswith("100 of ")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_folder_with_a_damaged_file_is_one_line_that_names_it(tmp_path, name):
+    write_models(str(tmp_path), toy_world.build_config())
+    path = tmp_path / "cost" / name
+    content, folder = path.read_bytes(), str(tmp_path / "cost")
+    damaged = [None, b"", content[: len(content) // 2], random.Random(0).randbytes(200), bytes(len(content))]
+    damaged += [gzip.compress(content), b"null", b"[]", b"7", b'"text"', b"[" * 100_000, b"\xff\xfe{\0}\0"]
+    for bad in damaged:
+        path.unlink()
+        if bad is not None:
+            path.write_bytes(bad)
+        with pytest.raises(InputError) as error:
+            load_tokenizer(folder) if name == "tokenizer.json" else load_score_model(folder, "cost")
+        assert folder in str(error.value) and "\n" not in str(error.value)
+        path.write_bytes(content)
 
 
 # ------------------------------------------------------------------------------ ranks
