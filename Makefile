@@ -3,7 +3,7 @@
 # make study-noise  the same methods with annotators who err (SEEDS=2 for the impatient)
 # make rounds after the study: fresh preferences, models and policy, three rounds in all
 # make satac  the offline relative: data, SATAC and its baselines on one mix, table and figure (SATAC_SEEDS=5 for a spread)
-# make bench  the short form of three benchmarks: against TRL (put under runs/trl), limits, growth; benchmarks/RESULTS.md
+# make bench  against TRL (put under runs/trl), in short: fp32, one pair of steps a shape; benchmarks/RESULTS.md
 # make test   the test suite
 # make lint   ruff: rules and format of pyproject.toml
 # All create .venv and install the pinned requirements into it, if it is not there.
@@ -56,8 +56,6 @@ satac: .venv/installed
 
 bench: .venv/installed
 	@$(PY) benchmarks/versus_trl.py --dtypes fp32 --pairs 1 --output runs/bench/versus_trl.json
-	@$(PY) benchmarks/limits.py --rounds 1 --output runs/bench/limits.json
-	@$(PY) benchmarks/growth.py --rounds 1 --output runs/bench/growth.json --figure runs/bench/growth.png
 
 test: .venv/installed
 	$(PY) -m pytest -q tests

@@ -5,12 +5,13 @@ the recipes' flags: plain, under --fsdp, with adapters, and with adapters beside
     python benchmarks/gpu.py --shapes 1b --modes fsdp --batch-size 64
     python benchmarks/gpu.py --shapes tiny --batch-size 4 --max-length 48 --max-new-tokens 8    # on a CPU too
 
-Per shape and mode: seconds of a step's phases (median of the steps after the first), tokens sampled a second,
-the share of this machine's own limits, measured in the same run (matrix products for scoring and update,
-memory traffic for sampling), and peak memory beside the prediction of tools/plan.py; what does not fit by
-that is not tried. Then, on the first shape: how far the sampled tokens' log-probabilities are from those of a
-fresh forward pass, and with --resume whether a run goes on from a checkpoint. Prints JSON lines, and writes
-all of it with --output.
+First of all: one backward pass in bf16 over rows that are padded on the left, whose gradients must be finite.
+Without that nothing else means anything, and it ends there. Then, per shape and mode: seconds of a step's
+phases (median of the steps after the first), tokens sampled a second, the share of this machine's own limits,
+measured in the same run (matrix products for scoring and update, memory traffic for sampling), and peak
+memory beside the prediction of tools/plan.py; what does not fit by that is not tried. Then, on the first
+shape: how far the sampled tokens' log-probabilities are from those of a fresh forward pass, and with --resume
+whether a run goes on from a checkpoint. Prints JSON lines, and writes all of it with --output.
 
 It needs this repository and nothing from a hub. Operations are those of the matrix products on real tokens,
 without padding and attention's scores: 2 N a token forward and 4 N backward (2 N with adapters: frozen
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,14 +39,20 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
+import repo_ppo  # noqa: E402
 import toy_world  # noqa: E402
+from lm import frame, generate, pad, response_mask, token_log_probs  # noqa: E402
 from plumbing import cli  # noqa: E402
-from plumbing.data import encode  # noqa: E402
+from plumbing.data import encode, encode_prompts, load_prompts  # noqa: E402
+from plumbing.distributed import device, load_options, shard  # noqa: E402
 from plumbing.files import read_jsonl, write_json, write_jsonl  # noqa: E402
+from plumbing.loading import load_causal_lm, load_tokenizer  # noqa: E402
+from tools import plan  # noqa: E402
 
 # hidden, layers, heads, key-value heads, inner width, words
 SHAPES = {
     "tiny": (64, 2, 4, 2, 128, 300),
+    "small": (256, 4, 4, 4, 1024, 300),  # large enough for a CPU's shares to mean something
     "1b": (2048, 16, 32, 8, 8192, 128256),  # Llama-3.2-1B
     "3b": (3072, 28, 24, 8, 8192, 128256),  # Llama-3.2-3B
     "7b": (4096, 32, 32, 32, 11008, 32001),  # Alpaca-7B
@@ -52,10 +60,8 @@ SHAPES = {
 MODES = {"plain": [], "fsdp": ["--fsdp"], "offload": ["--fsdp", "--cpu-offload"]}
 MODES["lora"] = ["--lora-rank", "16", "--lora-alpha", "32"]
 MODES["int8"] = [*MODES["lora"], "--quantize", "int8"]
-CUDA = torch.cuda.is_available()
-
-
 ROLES = (("policy", "lm_head"), ("reward", "score_head"), ("cost", "score_head"))  # and its own part
+CUDA = torch.cuda.is_available()
 
 
 def configure(folder: Path, shape: str) -> LlamaConfig:
@@ -147,10 +153,7 @@ def train(given: list[str], output: Path, *more: str) -> tuple[list[dict], str]:
 
 
 def planned(given: list[str]) -> dict[str, float]:
-    """Predicted GiB by phase, and on the host."""
-    import repo_ppo
-    from tools import plan
-
+    """Predicted GiB: the peak of all phases, and what lies on the host."""
     found, host = plan.phases(repo_ppo.parse_args([*given, "--output-dir", "x"]), 1)
     peaks = {name: sum(parts.values()) / plan.GIB for name, parts in found}
     return {"peak": max(peaks.values()), "host": host / plan.GIB}
@@ -216,16 +219,28 @@ def shares(row: dict, shape: str, mode: str, tokens: tuple[float, float], machin
 # ------------------------------------------------------------------------------ checks
 
 
+def check_padded_gradients() -> None:
+    """One backward pass in bf16 of log-probabilities after prompts of 45, 20 and 1 tokens, padded on the
+    left, with heads of 64 and 128 as in the real shapes. SystemExit where a gradient is not finite.
+
+    At padding a query sees no key. What attention makes of such a row depends on its kernel (with a mask the
+    memory-efficient one, on CUDA), and a NaN there would reach every weight."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for width in (64, 128):
+        config = LlamaConfig(hidden_size=4 * width, intermediate_size=256, vocab_size=300, **sizes)
+        torch.manual_seed(0)
+        run = Namespace(dtype="bf16", fsdp=False, activation_checkpointing=False)
+        policy = shard(AutoModelForCausalLM.from_config(config), run)
+        rows = [(list(range(1, prompt + 17)), prompt) for prompt in (45, 20, 1)]  # responses of 16 tokens
+        token_log_probs(policy, *frame(rows, 0, device())).sum().backward()
+        for name, parameter in policy.named_parameters():
+            if not parameter.grad.isfinite().all():
+                raise SystemExit(f"left padding, heads of {width}: the gradient of {name} is not finite")
+
+
 def log_probs_agree(models: Path, args) -> dict[str, float]:
     """Sampled log-probabilities against a fresh forward pass: the difference a token, and the share of ratios
     that PPO's clip would already cut."""
-    from argparse import Namespace
-
-    from lm import generate, pad, response_mask, token_log_probs
-    from plumbing.data import encode_prompts, load_prompts
-    from plumbing.distributed import device, load_options, shard
-    from plumbing.loading import load_causal_lm, load_tokenizer
-
     tokenizer, run = load_tokenizer(f"{models}/policy"), Namespace(dtype=args.dtype, fsdp=False)
     policy = shard(load_causal_lm(f"{models}/policy", **load_options(run, trained=False)), run, trained=False)
     prompts = load_prompts(str(models.parent / "data/prompts.jsonl"))[: args.batch_size]
@@ -242,6 +257,9 @@ def log_probs_agree(models: Path, args) -> dict[str, float]:
 
 
 def main(args) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as every run does where it starts
+    check_padded_gradients()
+    print("bf16 with left padding: all gradients are finite")
     name = torch.cuda.get_device_name() if CUDA else "CPU"
     machine = limits(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     if CUDA:
@@ -260,10 +278,10 @@ def main(args) -> None:
             config, parameters = configure(folder / shape, shape), 0
             for mode in args.modes:
                 given = flags(folder / shape, folder / "data", mode, args)
-                plan = planned(given)
-                entry = {"shape": shape, "mode": mode, "plan": plan}
-                if plan["peak"] > memory or plan["host"] > host:
-                    sizes = f"{plan['peak']:.0f} GiB, {plan['host']:.0f} GiB of host memory"
+                needs = planned(given)
+                entry = {"shape": shape, "mode": mode, "plan": needs}
+                if needs["peak"] > memory or needs["host"] > host:
+                    sizes = f"{needs['peak']:.0f} GiB, {needs['host']:.0f} GiB of host memory"
                     entry["skipped"] = f"does not fit by the plan: {sizes}"
                 else:
                     parameters = entry["parameters"] = parameters or draw_weights(folder / shape, config)

@@ -3,7 +3,7 @@ no PTX, on the same shapes: samples a second, and samples a second and model pas
 
     python benchmarks/versus_trl.py                                     # four shapes, fp32 and bf16
     python benchmarks/versus_trl.py --shapes 4x256 --dtypes fp32 --pairs 9
-    python benchmarks/versus_trl.py --against ../before --shapes long   # another checkout instead of TRL
+    python benchmarks/versus_trl.py --against ../before --shapes mixed  # another checkout instead of TRL
 
 Both run as processes that take turns, step by step, with the threads that they take by themselves. A ratio is
 that of two steps which follow each other; the table tells its median and its range. What a step is: all from
@@ -12,7 +12,9 @@ the end of the one before to its own end, logging included. The first is not cou
 Alike on both sides: GPT-2 with the tanh-GELU that torch fuses, the same initial policy, sizes, lengths of
 responses (shape "mixed": 8 to 384 tokens, row by row the same), minibatches and micro-batches, fused AdamW,
 one epoch, no recomputation. TRL samples and scores a whole rollout at once; a logits processor ends its rows.
-bf16 is TRL's `bf16=True`, which samples in float32, with the two frozen models in bfloat16.
+Ours end by the uniform numbers of sampling: EOS is the first word, so that 0 draws it, and no other uniform
+number is small enough to. bf16 is TRL's `bf16=True`, which samples in float32, with the two frozen models in
+bfloat16.
 
 Passes of a model over a sample, besides decoding, where a backward pass counts as two:
 ours  17  scored by reference, reward, cost and two critics (5); policy, PTX, two critics trained (4 x 3);
@@ -24,20 +26,196 @@ interpreter's packages: runs/trl/env, or --environment.
 """
 
 import json
+import os
+import platform
+import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import venv
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
-import steps
-from steps import SHAPES, Shape, Steps, count, ours, spread
-
+# The repository's modules are imported where they are used: a side of --against takes them from elsewhere.
+ROOT = Path(__file__).resolve().parent.parent
 PINNED = {"trl": "1.12.0", "accelerate": "1.15.0", "psutil": "7.2.2"}
 PASSES = {"trl": 9, "fp32": 17, "bf16": 18}
+
+
+# ------------------------------------------------------------------------------ shapes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-2 and a rollout: prompts of `prompt` tokens, responses of `shortest` to `response` tokens."""
+
+    layers: int
+    width: int
+    heads: int
+    words: int
+    prompt: int
+    response: int
+    batch: int
+    minibatch: int
+    shortest: int = 0  # 0: all are of `response` tokens
+    micro_batch: int = 128
+
+    def lengths(self) -> list[int]:
+        """Tokens of every response of a rollout, EOS included: evenly spread in their logarithm, in an order
+        that has nothing to do with length."""
+        ratio = self.response / (self.shortest or self.response)
+        ordered = [round(self.response * ratio ** (i / (self.batch - 1) - 1)) for i in range(self.batch)]
+        return [ordered[i * 7 % self.batch] for i in range(self.batch)]  # 7 divides no batch size here
+
+    def flags(self, folder: str, dtype: str) -> list[str]:
+        """The flags of repo_ppo.py, on what `build` wrote; `--output-dir` is left."""
+        sizes = {"max-length": self.prompt + self.response, "max-new-tokens": self.response}
+        sizes |= {"batch-size": self.batch, "minibatch-size": self.minibatch}
+        sizes |= {"micro-batch-size": min(self.micro_batch, self.minibatch), "dtype": dtype}
+        paths = {"model": "policy", "reward-model": "reward", "cost-model": "cost"}
+        paths |= {"dataset": "prompts.jsonl", "ptx-dataset": "sft.jsonl"}
+        given = sizes | {name: f"{folder}/{path}" for name, path in paths.items()}
+        given |= {"steps": 1000, "lr": 1e-5, "critic-lr": 1e-5}
+        return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+# layers, width, heads, words, prompt, response, batch, minibatch
+SHAPES = {
+    "toy": Shape(2, 64, 4, 216, 12, 12, 128, 32),
+    "4x256": Shape(4, 256, 4, 216, 32, 96, 32, 32),
+    "gpt2": Shape(12, 768, 12, 50257, 32, 64, 8, 8),
+    "mixed": Shape(4, 256, 4, 216, 32, 384, 32, 32, shortest=8, micro_batch=8),
+}
+
+
+def build(folder: Path, shape: Shape) -> None:
+    """policy/, reward/, cost/ with random weights, prompts.jsonl, sft.jsonl and lengths.json in `folder`."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    import toy_world
+    from lm import ScoreModel
+    from plumbing.data import encode_prompts
+    from plumbing.files import write_json, write_jsonl
+    from plumbing.loading import save_score_model
+
+    tokenizer, config = toy_world.build_tokenizer(), toy_world.build_config()
+    tokenizer.eos_token, tokenizer.pad_token = tokenizer.pad_token, tokenizer.eos_token  # EOS is word 0
+    config.n_layer, config.n_embd, config.n_head = shape.layers, shape.width, shape.heads
+    config.vocab_size, config.n_positions = shape.words, shape.prompt + shape.response
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "policy")
+    for kind in ("reward", "cost"):
+        model = ScoreModel(AutoModel.from_config(config), kind)
+        save_score_model(model, model.state_dict(), str(folder / kind))
+    for role in ("policy", "reward", "cost"):
+        tokenizer.save_pretrained(folder / role)
+    words = toy_world.vocabulary()[10:]
+    frame = len(encode_prompts(tokenizer, [""])[0])  # the template's tokens
+
+    def text(size: int, first: int) -> str:
+        return " ".join(words[(first + i) % len(words)] for i in range(size))
+
+    rows = [
+        {"prompt": text(shape.prompt - frame, i), "response": text(length - 1, i)}
+        for i, length in enumerate(shape.lengths())
+    ]
+    for name in ("prompts", "sft"):
+        write_jsonl(str(folder / f"{name}.jsonl"), rows)
+    write_json(str(folder / "lengths.json"), shape.lengths())
+
+
+# ------------------------------------------------------------------------------ taking turns
+
+
+class Steps:
+    """A process that tells when it is ready, and then takes one step at every call of `step`."""
+
+    def __init__(self, command: list[str], log: Path):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with open(log, "w", encoding="utf-8") as errors:
+            # threads that wait should sleep, as under make: the other side is working
+            environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
+            self.process = subprocess.Popen(command, stderr=errors, cwd=ROOT, env=environment, **pipes)
+        self.log = log
+
+    def read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            said = self.log.read_text(encoding="utf-8")[-2000:]
+            raise SystemExit(f"{' '.join(self.process.args)} failed:\n{said}")
+        return json.loads(line)
+
+    def step(self) -> dict:
+        """Its seconds, those of processors, and what it tells itself."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Turns:
+    """The other end: `done(**told)` ends a turn and returns when the next one begins."""
+
+    def __init__(self):
+        self.out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # whatever else prints must not get in between
+        self.began = time.perf_counter(), time.process_time()
+
+    def done(self, **told) -> None:
+        seconds, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+        self.out.write(json.dumps({"seconds": seconds, "cpu": cpu, **told}) + "\n")
+        self.out.flush()
+        if not sys.stdin.readline():
+            os._exit(0)
+        self.began = time.perf_counter(), time.process_time()
+
+
+# ------------------------------------------------------------------------------ the two sides
+
+
+def ours(folder: Path, shape: Shape, dtype: str, root: Path = ROOT) -> Steps:
+    """Steps of the repo_ppo.py at `root`."""
+    output = tempfile.mkdtemp(dir=folder)
+    command = [sys.executable, __file__, "--ours", str(root), str(folder / "lengths.json")]
+    return Steps([*command, *shape.flags(str(folder), dtype), "--output-dir", output], Path(f"{output}.log"))
+
+
+def our_side(lengths: list[int], given: list[str]) -> None:
+    """repo_ppo.py with responses of these lengths; it stops after every step until it is told to go on."""
+    import torch
+
+    import repo_ppo
+    from plumbing import runs
+
+    turns, log, generate = Turns(), runs.RunLog, repo_ppo.generate
+
+    class Log(log):
+        def __init__(self, *args):
+            super().__init__(*args)
+            turns.done()
+
+        def metrics(self, step, values):
+            super().metrics(step, values)
+            turns.done(**values)
+
+    def ending(*inputs):
+        *inputs, uniforms = inputs
+        uniforms = 0.1 + 0.9 * uniforms
+        uniforms[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = 0
+        return generate(*inputs, uniforms)
+
+    runs.RunLog, repo_ppo.generate = Log, ending
+    runs.run(repo_ppo.main, repo_ppo.parse_args(given))
 
 
 def environment(folder: Path) -> str:
@@ -55,7 +233,7 @@ def environment(folder: Path) -> str:
 
 def theirs(folder: Path, shape: Shape, dtype: str, python: str) -> Steps:
     given = json.dumps(asdict(shape))
-    return Steps([python, __file__, "--side", str(folder), given, dtype], folder / f"trl-{dtype}.log")
+    return Steps([python, __file__, "--trl", str(ROOT), str(folder), given, dtype], folder / "trl.log")
 
 
 def trl_side(folder: str, given: str, dtype: str) -> None:
@@ -71,7 +249,7 @@ def trl_side(folder: str, given: str, dtype: str) -> None:
 
     from plumbing.data import encode_prompts, load_prompts
 
-    shape, turns = Shape(**json.loads(given)), steps.Turns()
+    shape, turns = Shape(**json.loads(given)), Turns()
     tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/policy", padding_side="left")
     ends = torch.tensor(shape.lengths()) - 1
 
@@ -135,11 +313,14 @@ def trl_side(folder: str, given: str, dtype: str) -> None:
     ).train()
 
 
+# ------------------------------------------------------------------------------ the comparison
+
+
 def compare(shape: Shape, dtype: str, args) -> list[tuple[dict, dict]]:
     """Steps of ours and of theirs in turn, after one of each that is not counted."""
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base)
-        steps.build(folder, shape)
+        build(folder, shape)
         if args.against:
             b = ours(folder, shape, dtype, Path(args.against).resolve())
         else:
@@ -153,6 +334,15 @@ def compare(shape: Shape, dtype: str, args) -> list[tuple[dict, dict]]:
     if any(row.get("ended", shape.batch) != shape.batch for _, row in taken):
         raise SystemExit("TRL's responses did not end where they should")
     return taken
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def cell(value) -> str:
+    """A median with its range in brackets, or what is no such thing as it is."""
+    return "{median:.3g} ({low:.3g} to {high:.3g})".format(**value) if isinstance(value, dict) else str(value)
 
 
 def summary(shape: Shape, dtype: str, taken: list[tuple[dict, dict]], against: bool) -> dict:
@@ -170,28 +360,38 @@ def summary(shape: Shape, dtype: str, taken: list[tuple[dict, dict]], against: b
 
 
 def main(args) -> None:
-    result = steps.versions() | PINNED | {"pairs": args.pairs, "rows": []}
+    packages = {name: version(name) for name in ("torch", "transformers")} | PINNED
+    result = {"date": str(date.today()), "python": platform.python_version()} | packages | {"rows": []}
     for name in args.shapes:
         for dtype in args.dtypes:
             taken = compare(SHAPES[name], dtype, args)
             row = {"shape": name, "dtype": dtype} | summary(SHAPES[name], dtype, taken, bool(args.against))
-            steps.report(row)
+            print(", ".join(f"{key} {cell(value)}" for key, value in row.items()), flush=True)
             result["rows"].append(row | {"steps": taken})
     if args.output:
-        steps.write_json(args.output, result)
+        from plumbing.files import write_json
+
+        write_json(args.output, result)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--side"]:  # the process of the other side
-        trl_side(*sys.argv[2:])
+    if sys.argv[1:2] in (["--ours"], ["--trl"]):  # the process of one side
+        side, root, *given = sys.argv[1:]
+        sys.path.insert(0, root)
+        if side == "--trl":
+            trl_side(*given)
+        else:
+            our_side(json.loads(Path(given[0]).read_text()), given[1:])
         raise SystemExit
-    flags = steps.parser(__doc__)
-    flag = flags.add_argument
-    shapes = ["toy", "4x256", "gpt2", "mixed"]
-    flag("--shapes", nargs="+", choices=SHAPES, default=shapes, help="to measure")
+    sys.path.insert(0, str(ROOT))
+    from plumbing import cli
+
+    parser = cli.parser(__doc__)
+    flag = parser.add_argument
+    flag("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="to measure")
     flag("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="of it")
-    flag("--pairs", type=count, default=5, help="counted steps of each side")
-    flag("--environment", default=str(steps.ROOT / "runs/trl/env"), help="TRL's, made if it is not there")
+    flag("--pairs", type=cli.count, default=5, help="counted steps of each side")
+    flag("--environment", default=str(ROOT / "runs/trl/env"), help="TRL's, made if it is not there")
     flag("--against", help="instead of TRL's, the repo_ppo.py of another checkout in this folder")
     flag("--output", help="write everything as JSON")
-    main(flags.parse_args())
+    main(parser.parse_args())

@@ -1,7 +1,7 @@
 """The memory plan (tools/plan.py) against a rehearsal: repo_ppo.py's own functions, from `shard` to `update`,
 on a 7B configuration and 8 GPUs' worth of ranks, with fake tensors, a fake process group and torch's tracker.
 
-    .venv/bin/python benchmarks/plan_rehearsal.py [--layers 32] [--world 8] [flags of repo_ppo.py]
+    .venv/bin/python tests/plan_rehearsal.py [--layers 32] [--world 8] [flags of repo_ppo.py]
 
 Prints predicted and tracked peak per phase and their ratio. Nothing is allocated: it runs on a laptop.
 """
@@ -25,20 +25,15 @@ from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
+import lm  # noqa: E402
 import repo_ppo  # noqa: E402
 from lm import ScoreModel, generate  # noqa: E402
-from plumbing import (
-    cli,  # noqa: E402
-    data,  # noqa: E402
-    distributed,  # noqa: E402
-    optim,  # noqa: E402
-)
+from plumbing import cli, distributed, optim  # noqa: E402
 from tools import plan  # noqa: E402
 
 RECIPE = "--fsdp --dtype bf16 --activation-checkpointing --max-length 512 --max-new-tokens 384".split()
 RECIPE += "--batch-size 128 --minibatch-size 128 --micro-batch-size 4".split()
 RECIPE += "--dataset none --ptx-dataset some --output-dir none".split()  # none of them is opened
-
 
 NO_HOOKS = (SimpleNamespace(remove=lambda: None),) * 2
 
@@ -72,7 +67,7 @@ def fake_run(world: int):
     with (
         patch(fully_shard_module, "_init_default_mesh", lambda *args, **kwargs: mesh),
         patch(torch.Tensor, "item", lambda self: 1.0),
-        patch(data, "spans", lambda mask: [(0, mask.shape[1])] * len(mask)),  # every row is as long as can be
+        patch(lm, "spans", lambda mask: [(0, mask.shape[1])] * len(mask)),  # every row is as long as can be
         patch(torch.nn.Module, "to", lambda self, *args, **kwargs: self),  # it is on its device
         patch(repo_ppo, "clip_gradients", clip),
         FakeTensorMode(),
