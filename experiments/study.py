@@ -403,7 +403,8 @@ def lambda_table(by_mix: dict[str, dict[str, list[dict]]]) -> str:
         still = [row["still_lambda"] for row in rows if row["still_lambda"] is not None]
         values += [f"{spread(still, 0)} ({len(still)} of {len(rows)} runs)", f"{at_cap(rows)} of {len(rows)}"]
         lines.append(f"| {mix} | {name} | {' | '.join(values)} |")
-    return "\n".join(lines)
+    everyone = [row for results in by_mix.values() for name in ("safe_rlhf", "repo") for row in results[name]]
+    return "\n".join([*lines, f"\nThe cap bound lambda in {at_cap(everyone)} of {len(everyone)} runs."])
 
 
 def print_study(study: dict) -> None:
