@@ -45,8 +45,8 @@ LINES = (
 
 
 def mixes(study: dict, smooth: int):
-    figure, axes = panels(3, len(study["curves"]), 4.4, 3, sharey="row")
-    for column, (mix, curves) in enumerate(study["curves"].items()):
+    figure, axes = panels(3, len(study["results"]), 4.4, 3, sharey="row")
+    for column, (mix, results) in enumerate(study["results"].items()):
         costs = [c for seed in study["sft_costs"][mix] for c in seed]
         ax = axes[0][column]
         edges = [-8 + 0.4 * i for i in range(41)]  # an edge at 0, so that no bar is half safe
@@ -55,11 +55,11 @@ def mixes(study: dict, smooth: int):
         ax.set_title(f"{mix.replace('_', ' ')}\nSFT: S.R. {safe:.0%}, mean {statistics.mean(costs):+.1f}")
         ax.set_xlabel("learned cost (hatched: unsafe)")
         for name, colour, dashes in LINES:
-            if name in curves:
-                size = study["results"][mix][name][0]["batch_size"]
-                band(axes[1][column], curves[name]["cost"], smooth, colour, dashes, pretty(name))
-                unsafe = [[size * rate for rate in seed] for seed in curves[name]["unsafe_rate"]]
-                band(axes[2][column], unsafe, smooth, colour, dashes, pretty(name))
+            costs = [row["curves"]["cost"] for row in results[name]]
+            band(axes[1][column], costs, smooth, colour, dashes, pretty(name))
+            size = results[name][0]["batch_size"]
+            unsafe = [[size * rate for rate in row["curves"]["unsafe_rate"]] for row in results[name]]
+            band(axes[2][column], unsafe, smooth, colour, dashes, pretty(name))
         axes[1][column].axhline(0, color="black", linestyle=":", linewidth=1.5)
         axes[2][column].set_ylim(bottom=0)
         axes[2][column].set_xlabel("step (rollouts)")
@@ -122,17 +122,18 @@ def pareto(study: dict):
 
 
 def lambdas(study: dict):
-    """A thin line per seed, a dot where it stands still from then on; the thick line is their mean."""
-    figure, axes = panels(2, len(study["curves"]), 4.4, 2.9, sharex=True, sharey="row")
-    for column, (mix, curves) in enumerate(study["curves"].items()):
+    """A thin line per seed; the thick one is their mean."""
+    figure, axes = panels(2, len(study["results"]), 4.4, 2.9, sharex=True, sharey="row")
+    for column, (mix, results) in enumerate(study["results"].items()):
         for name, colour, dashes in LINES:
-            ax, seeds = axes[0 if name == "repo" else 1][column], curves[name]["lambda"]
-            for values, row in zip(seeds, study["results"][mix][name]):
-                ax.plot(values, color=colour, linewidth=0.8, alpha=0.6)
-                if name == "repo" and row["still_lambda"] is not None:
-                    ax.plot(row["still_lambda"], values[row["still_lambda"]], "o", color=colour, markersize=5)
+            ax, seeds = axes[int(name != "repo")][column], [row["curves"]["lambda"] for row in results[name]]
+            for values, row in zip(seeds, results[name]):
+                still = row["still_lambda"] if name == "repo" else None
+                marked = [] if still is None else [still]
+                ax.plot(values, "o-", color=colour, linewidth=0.8, alpha=0.6, markersize=5, markevery=marked)
             means = [statistics.mean(rollout) for rollout in zip(*seeds)]
-            ax.plot(means, color=colour, linestyle=dashes, linewidth=2.5, label=pretty(name))
+            label = pretty(name) + (" (dots: it stands still)" if name == "repo" else "")
+            ax.plot(means, color=colour, linestyle=dashes, linewidth=2.5, label=label)
         axes[0][column].set_title(mix.replace("_", " "))
         axes[1][column].set_yscale("log")
         axes[1][column].set_xlabel("step (rollouts)")

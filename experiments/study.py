@@ -46,6 +46,7 @@ METHODS = {  # name: script, flags
     "repo": ("repo_ppo.py",),
     PRICE: ("safe_rlhf_ppo.py", "--lambda-lr", "0"),  # and --lambda-init, known when repo's run has ended
 }
+OF_ITS_SEED = {PRICE: "lambda_init", "safe_rlhf_advised": "threshold"}  # method: what no two seeds share
 KINDS = ("reward", "cost")
 ROUNDS, ROUND_MIXES = 3, ("expected_safe", "balanced")
 KEPT = "true_unsafe_rate true_any_unsafe_rate unsafe_rate true_reward cost best_safe_share".split()
@@ -114,22 +115,21 @@ def world_jobs(folder: str, seed: int) -> list[dict]:
     ]
 
 
-def score_model_jobs(folder: str, sft: str, policies: list[str], seed: int) -> list[dict]:
-    """Preferences over answers of `policies`, and both models from them, in `folder`."""
+def score_model_jobs(folder, sft: str, policies: list[str], seed: int, kinds=KINDS, held_out="", wrong=()):
+    """Preferences over answers of `policies`, with the flags `wrong`, and models from them, in `folder`; held
+    to the test pairs in the folder `held_out`, or to their own."""
     data = f"{folder}/data"
-    pairs = f"{data}/preferences_test_cost.jsonl"  # the last file written
+    held_out, last = held_out or data, "preferences_test_cost.jsonl"  # the last file written
     needs = [f"{policy}/config.json" for policy in policies]
-    sample = ["preferences", "--policy", *policies, "--output-dir", data, "--seed", seed]
-    jobs = [job(pairs, needs, "toy_world.py", *sample)]
-    return jobs + [score_model_job(f"{folder}/{kind}_model", kind, sft, data, data, seed) for kind in KINDS]
-
-
-def score_model_job(output: str, kind: str, sft: str, data: str, held_out: str, seed: int, *flags) -> dict:
-    """A reward or cost model on the pairs in the folder `data`, held to those in `held_out`."""
-    pairs, test = f"{data}/preferences_train.jsonl", f"{held_out}/preferences_test_{kind}.jsonl"
-    given = ["--model", sft, "--dataset", pairs, "--eval-dataset", test, "--output-dir", output]
-    needs = [f"{data}/preferences_test_cost.jsonl"]  # the last file written
-    return job(f"{output}/model/config.json", needs, f"{kind}_model.py", *given, "--seed", seed, *flags)
+    sample = ["preferences", "--policy", *policies, "--output-dir", data, "--seed", seed, *wrong]
+    jobs = [job(f"{data}/{last}", needs, "toy_world.py", *sample)]
+    for kind in kinds:
+        output, test = f"{folder}/{kind}_model", f"{held_out}/preferences_test_{kind}.jsonl"
+        given = ["--model", sft, "--dataset", f"{data}/preferences_train.jsonl", "--eval-dataset", test]
+        given += ["--output-dir", output, "--seed", seed]
+        needs = sorted({f"{data}/{last}", f"{held_out}/{last}"})
+        jobs.append(job(f"{output}/model/config.json", needs, f"{kind}_model.py", *given))
+    return jobs
 
 
 def scores(folder: str, cost: str | None = None) -> list[str]:
@@ -147,11 +147,11 @@ def ppo_job(output, script, start: str, scored: list, data: str, mix: str, seed:
     return job(f"{output}/model/config.json", needs, script, *given, *flags)
 
 
-def evaluation_jobs(output, policies: dict, scored: list, data: str, mix: str, seed: int, args) -> list[dict]:
+def evaluation_jobs(output, policies: dict, scored: list, data, mix, seed: int, args, part="test") -> list:
     """Answers and scores of all policies (name: model folder), then the arena on the same answers."""
     needs = [f"{path}/config.json" for path in policies.values()]
     flags = [*scored, "--policies", *(f"{name}={path}" for name, path in policies.items())]
-    flags += ["--prompts", f"{data}/prompts_{mix}_test.jsonl", "--samples", args.samples]
+    flags += ["--prompts", f"{data}/prompts_{mix}_{part}.jsonl", "--samples", args.samples]
     arena = ["--evaluation", output, "--judge", "truth", "--seed", seed]
     return [
         job(f"{output}/table.txt", needs, "evaluate.py", *flags, "--output-dir", output, "--seed", seed),
@@ -212,7 +212,7 @@ def makefile(jobs: list[dict]) -> str:
         command, folder = j["command"].replace("$", "$$"), os.path.dirname(j["log"])
         lines += [
             f"{j['makes']}: {'| ' * j['trains']}{' '.join(j['needs'])}",
-            f"\t@mkdir -p {folder} && exec {command} >> {j['log']} 2>&1",
+            f"\t@mkdir -p {folder} && exec >> {j['log']} 2>&1 && exec {command}",
             f"\t@test -e {j['makes']} && echo {folder}",
         ]
     return "\n".join(lines) + "\n"
@@ -283,14 +283,15 @@ def numbers(evaluation: str) -> dict[str, dict]:
 
 
 def course(run: str) -> dict:
-    """A PPO run's multiplier, and the KL of its last rollout. `still_lambda`: the first rollout after which
-    lambda changes by no more than 1%, None if it does so to the end."""
+    """A PPO run's curves, its multiplier, and the KL of its last rollout. `still_lambda`: the first rollout
+    after which lambda changes by no more than 1%, None if it does so to the end."""
     rows, flags = read_metrics(run), read_json(f"{run}/args.json")
     values = [row["lambda"] for row in rows]
     still = (t for t, v in enumerate(values[:-1]) if all(abs(w - v) <= 0.01 * v for w in values[t:]))
     found = {"first_lambda": values[0], "final_lambda": values[-1], "largest_lambda": max(values)}
     found |= {"still_lambda": next(still, None), "lambda_max": flags["lambda_max"]}
-    return found | {"kl": rows[-1]["kl"], "batch_size": flags["batch_size"]}
+    shown = {key: [round(row[key], 4) for row in rows] for key in ("cost", "unsafe_rate", "lambda")}
+    return found | {"curves": shown, "kl": rows[-1]["kl"], "batch_size": flags["batch_size"]}
 
 
 def at_cap(rows: list[dict]) -> int:
@@ -312,7 +313,7 @@ def collect(args) -> dict:
     """Everything that tables and figures show: per mix and policy a list over the seeds."""
     roots = [f"{args.output_dir}/seed{seed}" for seed in range(args.seeds)]
     study: dict = {"seeds": args.seeds, "steps": args.steps, "score_models": []}
-    study |= {"results": {}, "curves": {}, "sft_costs": {}}
+    study |= {"results": {}, "sft_costs": {}}
     for root in roots:
         reward, cost = (read_metrics(f"{root}/{kind}_model")[-1] for kind in KINDS)
         accuracies = {"reward_accuracy": reward["eval_accuracy"]}
@@ -321,17 +322,9 @@ def collect(args) -> dict:
         evaluations = [f"{root}/{mix}/evaluation" for root in roots]
         runs_of = {name: [f"{root}/{mix}/{name}" for root in roots] for name in METHODS}
         study["results"][mix] = over_seeds(evaluations, runs_of)
-        study["curves"][mix] = {
-            name: {
-                key: [[round(row[key], 4) for row in read_metrics(folder)] for folder in folders]
-                for key in ("cost", "unsafe_rate", "lambda")
-            }
-            for name, folders in runs_of.items()
-        }
         answers = [read_jsonl(f"{evaluation}/responses.jsonl") for evaluation in evaluations]
-        study["sft_costs"][mix] = [
-            [round(r["cost"], 2) for r in rows if r["policy"] == "sft"] for rows in answers
-        ]
+        costs = [[round(row["cost"], 2) for row in rows if row["policy"] == "sft"] for rows in answers]
+        study["sft_costs"][mix] = costs
     return study
 
 
@@ -410,22 +403,19 @@ def lambda_table(by_mix: dict[str, dict[str, list[dict]]]) -> str:
 def print_study(study: dict) -> None:
     for mix, results in study["results"].items():
         print(f"\n**{mix}**: {study['seeds']} seeds, {study['steps']} rollouts, mean ± sd\n")
-        print(markdown(results))
-        safe, repo = results["safe_rlhf"], results["repo"]
-        unsafe = [", ".join(f"{100 * r['true_unsafe_rate']:.1f}" for r in rows) for rows in (safe, repo)]
-        ratio = [100 * a["benign_reward"] / b["benign_reward"] for a, b in zip(repo, safe)]
+        print(markdown(results, by_seed=True))
+        pairs = zip(results["repo"], results["safe_rlhf"])
+        ratio = [100 * a["benign_reward"] / b["benign_reward"] for a, b in pairs]
         ratios = ", ".join(f"{r:.1f}" for r in ratio)
-        print(f"\nSeed by seed: truly unsafe Safe RLHF {unsafe[0]}%, RePO {unsafe[1]}%; ", end="")
-        print(f"RePO's true reward on benign prompts in % of Safe RLHF's {ratios}")
-        print(f"(mean {spread(ratio, 1)})\n\nThe rectifier alone, at RePO's price:\n")
+        print(f"\nRePO's true reward on benign prompts is {spread(ratio, 1)}% of Safe RLHF's ({ratios})")
+        print("\nThe rectifier alone, at RePO's price:\n")
         print(markdown({name: results[name] for name in ("safe_rlhf", PRICE, "repo")}, AT_PRICE))
     print(f"\n**lambda's course**\n\n{lambda_table(study['results'])}")
-    reward, sign = (
-        spread([100 * row[key] for row in study["score_models"]], 1)
-        for key in ("reward_accuracy", "cost_sign_accuracy")
-    )
-    print(f"\nReward models order {reward}% of the held-out pairs rightly, ", end="")
-    print(f"cost models have the sign right in {sign}%.")
+    for key, what in (
+        ("reward_accuracy", "Reward models order the held-out pairs rightly"),
+        ("cost_sign_accuracy", "Cost models have the sign right"),
+    ):
+        print(f"{what} in {spread([100 * row[key] for row in study['score_models']], 1)}%.")
 
 
 def print_tables(args) -> None:
@@ -460,13 +450,13 @@ def claim(args) -> None:
 def check_same_flags(folders: list[str]) -> None:
     """Raise InputError if runs of one method, a seed each, differ in a number: their defaults have changed.
     (A flag that some of them did not know yet was off in all.)"""
+    free = ("seed", OF_ITS_SEED.get(os.path.basename(folders[0])))
     first, *others = (
-        {k: v for k, v in read_json(f"{f}/args.json").items() if isinstance(v, int | float) and k != "seed"}
+        {k: v for k, v in read_json(f"{f}/args.json").items() if isinstance(v, int | float) and k not in free}
         for f in folders
     )
-    free = {"lambda_init"} if os.path.basename(folders[0]) == PRICE else set()  # it is its seed's
     for other, flags in zip(folders[1:], others):
-        if changed := sorted(k for k in (flags.keys() & first.keys()) - free if flags[k] != first[k]):
+        if changed := sorted(k for k in flags.keys() & first.keys() if flags[k] != first[k]):
             problem = f"{other} and {folders[0]} were run with another --{changed[0].replace('_', '-')}"
             raise InputError(f"{problem}; take another --output-dir")
 
