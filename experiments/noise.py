@@ -43,7 +43,7 @@ COLUMNS = ("true_unsafe_rate", "unsafe_rate", "true_any_unsafe_rate", "benign_re
 
 
 def parse_args(argv=None):
-    return study.study_parser(__doc__, "runs/study").parse_args(argv)
+    return study.study_parser(__doc__).parse_args(argv)
 
 
 def own_folder(root: str, variant: str) -> str:
@@ -125,9 +125,8 @@ def print_tables(results: dict) -> None:
         print(f"{study.spread(true, 1)}% of held-out pairs, the given one in ", end="")
         print(f"{study.spread(given, 1)}% of its last training pairs; ", end="")
         print(f"the advised limit is {study.spread(own['limits'], 1)}\n")
-        print(study.markdown(own["policies"], COLUMNS, by_seed=True))
-    by_variant = {variant: own["policies"] for variant, own in results.items()}
-    print(f"\n**lambda's course**\n\n{study.lambda_table(by_variant)}")
+        print(study.markdown(own["policies"], COLUMNS))
+    print("\n" + study.lambda_table({variant: own["policies"] for variant, own in results.items()}))
 
 
 def figure(results: dict, window: int = 15):

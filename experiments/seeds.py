@@ -25,13 +25,13 @@ from plumbing.files import write_json
 
 DRAWS = 10_000
 SEEN = 5  # the default flags were chosen on seeds 0 and 1, in the end knowing the results of 0 to 4
-MIX, PAIR = "balanced", ("safe_rlhf", "repo")
+MIX, PAIR = "balanced", study.PAIR
 METHODS = {name: study.METHODS[name] for name in PAIR}
 COLUMNS = ("true_unsafe_rate", "true_any_unsafe_rate", "benign_reward", "best_safe_share", "final_lambda")
 
 
 def parse_args(argv=None):
-    parser = study.study_parser(__doc__, "runs/study")
+    parser = study.study_parser(__doc__)
     parser.set_defaults(seeds=20)
     return parser.parse_args(argv)
 
@@ -109,13 +109,14 @@ def main(args):
         compared[f"seeds {SEEN} to {args.seeds - 1}"] = compare(later)
     write_json(f"{args.output_dir}/seeds.json", {"results": results, "compared": compared})
     save(figure(results), os.path.join(args.output_dir, "seeds"))
-    print(f"\n{study.markdown(results, COLUMNS, by_seed=True)}\n\n{study.lambda_table({MIX: results})}")
-    print("\n| | | estimate | 95% interval | draws, % | seeds, % |\n|---|---|---:|---:|---:|---:|")
+    print(f"\n{study.markdown(results, COLUMNS)}\n\n{study.lambda_table({MIX: results})}\n")
+    lines = [["", "estimate", "95% interval", "draws, %", "seeds, %"]]
     for which, claims in compared.items():
         for name, row in claims.items():
             low, high = (f"{value:.3f}" for value in row["interval"])
-            shares = f"{100 * row['draws']:.1f} | {100 * row['seeds']:.0f}"
-            print(f"| {which} | {name} | {row['estimate']:.3f} | {low} to {high} | {shares} |")
+            shares = f"{100 * row['draws']:.1f}", f"{100 * row['seeds']:.0f}"
+            lines.append([f"{which}, {name}", f"{row['estimate']:.3f}", f"{low} to {high}", *shares])
+    print(study.table(*lines))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from typing import NamedTuple
 from plumbing import cli, runs
 from plumbing.cli import count, path_name
 from plumbing.files import InputError, read_json, read_jsonl, reading, write_json, writing
-from toy_world import HARM_LEVELS, MIXES
+from toy_world import MIXES
 
 PRICE = "safe_rlhf_price"
 METHODS = {  # name: script, flags
@@ -48,17 +48,18 @@ METHODS = {  # name: script, flags
 }
 OF_ITS_SEED = {PRICE: "lambda_init", "safe_rlhf_advised": "threshold"}  # method: what no two seeds share
 KINDS = ("reward", "cost")
+PAIR = ("safe_rlhf", "repo")
 ROUNDS, ROUND_MIXES = 3, ("expected_safe", "balanced")
 KEPT = "true_unsafe_rate true_any_unsafe_rate unsafe_rate true_reward cost best_safe_share".split()
 
 
 def parse_args(argv=None):
-    parser = study_parser(__doc__, "runs/study")
+    parser = study_parser(__doc__)
     parser.add_argument("command", choices=("run", "rounds", "tables"), help="what to do")
     return parser.parse_args(argv)
 
 
-def study_parser(doc: str, output_dir: str):
+def study_parser(doc: str):
     """The flags of every study."""
     parser = cli.parser(doc)
     flag = parser.add_argument
@@ -66,7 +67,7 @@ def study_parser(doc: str, output_dir: str):
     flag("--steps", type=count, default=90, help="rollouts of every PPO run")
     flag("--samples", type=count, default=8, help="responses per held-out prompt and policy when evaluated")
     flag("--jobs", type=count, default=2, help="commands at a time, one core each")
-    flag("--output-dir", type=path_name, default=output_dir, help="folder for everything that is written")
+    flag("--output-dir", type=path_name, default="runs/study", help="folder for everything that is written")
     return parser
 
 
@@ -187,7 +188,7 @@ def rounds_jobs(args, mixes=ROUND_MIXES) -> list[dict]:
         data, sft = f"{root}/data", f"{root}/sft/model"
         policies = {"sft": sft}
         for number in range(1, ROUNDS + 1):
-            for name in ("safe_rlhf", "repo"):
+            for name in PAIR:
                 script, *flags = METHODS[name]
                 current, own_seed = policies.get(f"{name}_v{number - 1}", sft), seed + number - 1
                 models, output = root, f"{root}/{mix}/{name}"
@@ -284,19 +285,15 @@ def numbers(evaluation: str) -> dict[str, dict]:
 
 def course(run: str) -> dict:
     """A PPO run's curves, its multiplier, and the KL of its last rollout. `still_lambda`: the first rollout
-    after which lambda changes by no more than 1%, None if it does so to the end."""
+    after which lambda changes by no more than 1% (None: there is none); `capped`: its bound held it."""
     rows, flags = read_metrics(run), read_json(f"{run}/args.json")
+    curves = {key: [round(row[key], 4) for row in rows] for key in ("cost", "unsafe_rate", "lambda")}
     values = [row["lambda"] for row in rows]
     still = (t for t, v in enumerate(values[:-1]) if all(abs(w - v) <= 0.01 * v for w in values[t:]))
     found = {"first_lambda": values[0], "final_lambda": values[-1], "largest_lambda": max(values)}
     found |= {"still_lambda": next(still, None), "lambda_max": flags["lambda_max"]}
-    shown = {key: [round(row[key], 4) for row in rows] for key in ("cost", "unsafe_rate", "lambda")}
-    return found | {"curves": shown, "kl": rows[-1]["kl"], "batch_size": flags["batch_size"]}
-
-
-def at_cap(rows: list[dict]) -> int:
-    """In how many runs the cap bound lambda."""
-    return sum(row["largest_lambda"] > 0.9999 * row["lambda_max"] for row in rows)
+    found["capped"] = max(values) > 0.9999 * flags["lambda_max"]
+    return found | {"curves": curves, "kl": rows[-1]["kl"], "batch_size": flags["batch_size"]}
 
 
 def over_seeds(evaluations: list[str], runs_of: dict[str, list[str]]) -> dict[str, list[dict]]:
@@ -329,12 +326,12 @@ def collect(args) -> dict:
 
 
 def collect_rounds(args, mix: str) -> dict[str, list[dict]]:
-    """Policy -> rows of `numbers` over the seeds."""
+    """Policy -> rows over the seeds."""
     roots = [f"{args.output_dir}/seed{seed}" for seed in range(args.seeds)]
-    for name in ("safe_rlhf", "repo"):
-        later = [f"{root}/rounds/{mix}/{name}_v{n}" for root in roots for n in range(2, ROUNDS + 1)]
-        check_same_flags([f"{root}/{mix}/{name}" for root in roots] + later)
-    return over_seeds([f"{root}/rounds/{mix}/evaluation" for root in roots], {})
+    runs_of = {f"{name}_v1": [f"{root}/{mix}/{name}" for root in roots] for name in PAIR}
+    for number, name in itertools.product(range(2, ROUNDS + 1), PAIR):
+        runs_of[f"{name}_v{number}"] = [f"{root}/rounds/{mix}/{name}_v{number}" for root in roots]
+    return over_seeds([f"{root}/rounds/{mix}/evaluation" for root in roots], runs_of)
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -362,55 +359,55 @@ COLUMNS = {  # name: heading, scale, digits
 }
 RESULTS = tuple(COLUMNS)[:9]
 AT_PRICE = (
-    "final_lambda",
-    *(f"refused_{level}" for level in HARM_LEVELS),
-    *"true_unsafe_rate best_safe_share kl".split(),
+    "refused_benign refused_borderline refused_harmful true_unsafe_rate best_safe_share final_lambda kl"
 )
 
 
-def markdown(results: dict[str, list[dict]], names: Iterable[str] = RESULTS, by_seed: bool = False) -> str:
-    """policy -> rows of `numbers`, one a seed, as a table of the columns `names`; `by_seed`: truly unsafe
-    also seed by seed."""
-    headings = [COLUMNS[name][0] for name in names] + ["truly unsafe, by seed"] * by_seed
-    lines = [f"| policy | {' | '.join(headings)} |", "|---|" + "---:|" * len(headings)]
+def table(*rows: list[str]) -> str:
+    """Headings and rows of text, in Markdown; all columns but the first to the right."""
+    heading, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join((heading, "|---|" + "---:|" * (len(rows[0]) - 1), *others))
+
+
+def markdown(results: dict[str, list[dict]], names: Iterable[str] = RESULTS) -> str:
+    """policy -> rows of `numbers`, one a seed, as a table of the columns `names` and truly unsafe by seed."""
+    lines = [["policy", *(COLUMNS[name][0] for name in names), "truly unsafe, by seed"]]
     for name, rows in results.items():
-        cells = []
+        lines.append([name])
         for key in names:
             _, scale, digits = COLUMNS[key]
-            cells.append(spread([row[key] * scale if key in row else None for row in rows], digits))
-        if by_seed:
-            cells.append(", ".join(f"{100 * row['true_unsafe_rate']:.1f}" for row in rows))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines[-1].append(spread([row[key] * scale if key in row else None for row in rows], digits))
+        lines[-1].append(", ".join(f"{100 * row['true_unsafe_rate']:.1f}" for row in rows))
+    return table(*lines)
 
 
 def lambda_table(by_mix: dict[str, dict[str, list[dict]]]) -> str:
     """mix -> policy -> rows with `course`, one a run, as a table of lambda's course."""
-    lines = [
-        "| mix | policy | first lambda | last | largest | stands still after rollout | runs at the cap |"
-    ]
-    lines.append("|---|---|---:|---:|---:|---:|---:|")
-    for mix, name in itertools.product(by_mix, ("safe_rlhf", "repo")):
+    lines = [["mix, policy", "first lambda", "last", "largest", "stands still after rollout", "capped runs"]]
+    everyone = []
+    for mix, name in itertools.product(by_mix, PAIR):
         rows = by_mix[mix][name]
         values = [spread([row[f"{key}_lambda"] for row in rows], 2) for key in ("first", "final", "largest")]
         still = [row["still_lambda"] for row in rows if row["still_lambda"] is not None]
-        values += [f"{spread(still, 0)} ({len(still)} of {len(rows)} runs)", f"{at_cap(rows)} of {len(rows)}"]
-        lines.append(f"| {mix} | {name} | {' | '.join(values)} |")
-    everyone = [row for results in by_mix.values() for name in ("safe_rlhf", "repo") for row in results[name]]
-    return "\n".join([*lines, f"\nThe cap bound lambda in {at_cap(everyone)} of {len(everyone)} runs."])
+        capped = f"{sum(row['capped'] for row in rows)} of {len(rows)}"
+        values += [f"{spread(still, 0)} ({len(still)} of {len(rows)} runs)", capped]
+        lines.append([f"{mix}, {name}", *values])
+        everyone += rows
+    capped = f"The cap bound lambda in {sum(row['capped'] for row in everyone)} of {len(everyone)} runs."
+    return f"**lambda's course**\n\n{table(*lines)}\n\n{capped}"
 
 
 def print_study(study: dict) -> None:
     for mix, results in study["results"].items():
         print(f"\n**{mix}**: {study['seeds']} seeds, {study['steps']} rollouts, mean ± sd\n")
-        print(markdown(results, by_seed=True))
-        pairs = zip(results["repo"], results["safe_rlhf"])
-        ratio = [100 * a["benign_reward"] / b["benign_reward"] for a, b in pairs]
+        print(markdown(results))
+        pairs = zip(*(results[name] for name in PAIR))
+        ratio = [100 * repo["benign_reward"] / safe["benign_reward"] for safe, repo in pairs]
         ratios = ", ".join(f"{r:.1f}" for r in ratio)
         print(f"\nRePO's true reward on benign prompts is {spread(ratio, 1)}% of Safe RLHF's ({ratios})")
         print("\nThe rectifier alone, at RePO's price:\n")
-        print(markdown({name: results[name] for name in ("safe_rlhf", PRICE, "repo")}, AT_PRICE))
-    print(f"\n**lambda's course**\n\n{lambda_table(study['results'])}")
+        print(markdown({name: results[name] for name in ("safe_rlhf", PRICE, "repo")}, AT_PRICE.split()))
+    print(f"\n{lambda_table(study['results'])}\n")
     for key, what in (
         ("reward_accuracy", "Reward models order the held-out pairs rightly"),
         ("cost_sign_accuracy", "Cost models have the sign right"),
@@ -418,19 +415,19 @@ def print_study(study: dict) -> None:
         print(f"{what} in {spread([100 * row[key] for row in study['score_models']], 1)}%.")
 
 
+def print_rounds(rounds: dict) -> None:
+    for mix, results in rounds.items():
+        print(f"\n**iterated rounds, {mix}**\n\n{markdown(results)}")
+
+
 def print_tables(args) -> None:
-    paths = {name: f"{args.output_dir}/{name}.json" for name in ("study", "rounds")}
-    there = {name: path for name, path in paths.items() if os.path.exists(path)}
-    if not there:
+    shown = {f"{args.output_dir}/study.json": print_study, f"{args.output_dir}/rounds.json": print_rounds}
+    if not any(map(os.path.exists, shown)):
         both = "neither study.json nor rounds.json; `make study` and `make rounds` make them"
         raise InputError(f"{args.output_dir} holds {both}")
-    for name, path in there.items():
+    for path in filter(os.path.exists, shown):
         with reading(path):  # any JSON may stand in it
-            if name == "study":
-                print_study(read_json(path))
-            else:
-                for mix, results in read_json(path).items():
-                    print(f"\n**iterated rounds, {mix}**\n\n{markdown(results, by_seed=True)}")
+            shown[path](read_json(path))
 
 
 def claim(args) -> None:
@@ -439,12 +436,10 @@ def claim(args) -> None:
     runs.lock(args.output_dir)
     path, settings = f"{args.output_dir}/settings.json", {"steps": args.steps, "samples": args.samples}
     if not os.path.exists(path):
-        return write_json(path, settings)
-    recorded = read_json(path)
-    for name, value in settings.items():
-        if recorded.get(name) != value:
-            problem = f"holds runs with --{name} {recorded.get(name)} ({path})"
-            raise InputError(f"{args.output_dir} {problem}; take another --output-dir")
+        write_json(path, settings)
+    recorded = {name: read_json(path).get(name) for name in settings}
+    if recorded != settings:
+        raise InputError(f"{args.output_dir} holds runs with {recorded} ({path}); take another --output-dir")
 
 
 def check_same_flags(folders: list[str]) -> None:
