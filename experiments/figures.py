@@ -2,7 +2,8 @@
 
 mixes     a column per initial mix: the SFT policy's costs, average cost, unsafe responses  (RePO, figure 3)
 pareto    true safety against true helpfulness, both sweeps                              (Safe RLHF's front)
-lambdas   the multiplier in every mix
+lambdas   RePO's multiplier climbs and stands still, Safe RLHF's goes up and down
+price     the rectifier alone: Safe RLHF with lambda fixed where RePO's ended, between the two
 
 python -m experiments.figures --study runs/study/study.json --output-dir runs/study/figures
 """
@@ -10,7 +11,8 @@ python -m experiments.figures --study runs/study/study.json --output-dir runs/st
 import os
 import statistics
 
-from plots import OWN, centred_mean, histogram, panels, pretty, save
+from experiments.study import PRICE
+from plots import OTHERS, OWN, centred_mean, histogram, panels, pretty, save
 from plumbing import cli, runs
 from plumbing.cli import count, path_name
 from plumbing.files import read_json, reading
@@ -37,14 +39,14 @@ def band(ax, curves: list[list[float]], window: int, colour: str, dashes: str, l
 
 LINES = (
     ("safe_rlhf", OWN["safe_rlhf"], "--"),
-    ("safe_rlhf_d-4", "#E69F00", "-."),
+    ("safe_rlhf_d-4", OTHERS[0], "-."),
     ("repo", OWN["repo"], "-"),
 )
 
 
 def mixes(study: dict, smooth: int):
-    figure, axes = panels(3, len(study["curves"]), 4.4, 3, sharey="row")
-    for column, (mix, curves) in enumerate(study["curves"].items()):
+    figure, axes = panels(3, len(study["results"]), 4.4, 3, sharey="row")
+    for column, (mix, results) in enumerate(study["results"].items()):
         costs = [c for seed in study["sft_costs"][mix] for c in seed]
         ax = axes[0][column]
         edges = [-8 + 0.4 * i for i in range(41)]  # an edge at 0, so that no bar is half safe
@@ -53,11 +55,11 @@ def mixes(study: dict, smooth: int):
         ax.set_title(f"{mix.replace('_', ' ')}\nSFT: S.R. {safe:.0%}, mean {statistics.mean(costs):+.1f}")
         ax.set_xlabel("learned cost (hatched: unsafe)")
         for name, colour, dashes in LINES:
-            if name in curves:
-                size = study["results"][mix][name][0]["batch_size"]
-                band(axes[1][column], curves[name]["cost"], smooth, colour, dashes, pretty(name))
-                unsafe = [[size * rate for rate in seed] for seed in curves[name]["unsafe_rate"]]
-                band(axes[2][column], unsafe, smooth, colour, dashes, pretty(name))
+            costs = [row["curves"]["cost"] for row in results[name]]
+            band(axes[1][column], costs, smooth, colour, dashes, pretty(name))
+            size = results[name][0]["batch_size"]
+            unsafe = [[size * rate for rate in row["curves"]["unsafe_rate"]] for row in results[name]]
+            band(axes[2][column], unsafe, smooth, colour, dashes, pretty(name))
         axes[1][column].axhline(0, color="black", linestyle=":", linewidth=1.5)
         axes[2][column].set_ylim(bottom=0)
         axes[2][column].set_xlabel("step (rollouts)")
@@ -71,7 +73,7 @@ def mixes(study: dict, smooth: int):
 def sweeps(results: dict) -> tuple:
     """(policies, colour, marker, label) of every sweep over a mix's policies."""
     shaping = [name for name in results if name == "ppo" or name.startswith("shaping")]
-    limits = [name for name in results if name.startswith("safe_rlhf")]
+    limits = [name for name in results if name.startswith("safe_rlhf") and name != PRICE]
     return (
         (shaping, "#009E73", "s", "reward shaping (PPO: $\\nu$ = 0)"),
         (limits, OWN["safe_rlhf"], "o", "Safe RLHF (limit d)"),
@@ -120,16 +122,63 @@ def pareto(study: dict):
 
 
 def lambdas(study: dict):
-    figure, axes = panels(1, len(study["curves"]), 4.4, 3.8, sharey=True)
-    for ax, (mix, curves) in zip(axes[0], study["curves"].items()):
+    """A thin line per seed; the thick one is their mean."""
+    figure, axes = panels(2, len(study["results"]), 4.4, 2.9, sharex=True, sharey="row")
+    for column, (mix, results) in enumerate(study["results"].items()):
         for name, colour, dashes in LINES:
-            if name in curves:
-                band(ax, curves[name]["lambda"], 1, colour, dashes, pretty(name))
-        ax.set_title(mix.replace("_", " "))
-        ax.set_xlabel("step (rollouts)")
-        ax.set_yscale("log")
-    axes[0][0].set_ylabel("multiplier $\\lambda$")
-    axes[0][-1].legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.85))  # below RePO's line
+            ax, seeds = axes[int(name != "repo")][column], [row["curves"]["lambda"] for row in results[name]]
+            for values, row in zip(seeds, results[name]):
+                still = row["still_lambda"] if name == "repo" else None
+                marked = [] if still is None else [still]
+                ax.plot(values, "o-", color=colour, linewidth=0.8, alpha=0.6, markersize=5, markevery=marked)
+            means = [statistics.mean(rollout) for rollout in zip(*seeds)]
+            label = pretty(name) + (" (dots: it stands still)" if name == "repo" else "")
+            ax.plot(means, color=colour, linestyle=dashes, linewidth=2.5, label=label)
+        axes[0][column].set_title(mix.replace("_", " "))
+        axes[1][column].set_yscale("log")
+        axes[1][column].set_xlabel("step (rollouts)")
+    axes[0][0].set_ylim(bottom=0)
+    for row in axes:
+        row[0].set_ylabel("multiplier $\\lambda$")
+        row[0].legend(frameon=False)
+    return figure
+
+
+def price(study: dict):
+    """Bars: the mean; dots: every seed."""
+    policies = (
+        ("safe_rlhf", OWN["safe_rlhf"], "Safe RLHF"),
+        (PRICE, OTHERS[2], "Safe RLHF at RePO's price"),
+        ("repo", OWN["repo"], "RePO"),
+    )
+    shown = {
+        "true_unsafe_rate": "truly unsafe",
+        "refused_risky": "risky prompts\nrefused",
+        "best_safe_share": "best-safe\nshare",
+    }
+    figure, axes = panels(1, len(study["results"]), 4.4, 3.8, sharey=True)
+    for ax, (mix, results) in zip(axes[0], study["results"].items()):
+        for number, (name, colour, label) in enumerate(policies):
+            places = [place + 0.27 * (number - 1) for place in range(len(shown))]
+            seeds = [[100 * row[key] for row in results[name]] for key in shown]
+            ax.bar(
+                places,
+                [statistics.mean(values) for values in seeds],
+                0.25,
+                color=colour,
+                alpha=0.55,
+                label=label,
+            )
+            for place, values in zip(places, seeds):
+                spots = [place + 0.05 * (i % 3 - 1) for i in range(len(values))]
+                ax.scatter(spots, values, s=14, color=colour, edgecolor="black", linewidths=0.5, zorder=3)
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set_xticks(range(len(shown)), shown.values())
+        last = statistics.mean(row["final_lambda"] for row in results["repo"])
+        ax.set_title(f"{mix.replace('_', ' ')}: price $\\lambda$ = {last:.2f}")
+    axes[0][0].set_ylabel("% (risky: borderline and harmful)")
+    figure.suptitle("Safe RLHF at RePO's price, and RePO: the same $\\lambda$, one torch.where apart")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -137,7 +186,8 @@ def main(args):
     cli.require(args.study, "make study")
     study = read_json(args.study)
     with reading(args.study):  # any JSON may stand in it
-        figures = {"mixes": mixes(study, args.smooth), "pareto": pareto(study), "lambdas": lambdas(study)}
+        figures = {"mixes": mixes(study, args.smooth), "pareto": pareto(study)}
+        figures |= {"lambdas": lambdas(study), "price": price(study)}
     for name, figure in figures.items():
         save(figure, os.path.join(args.output_dir, name))
 

@@ -16,21 +16,20 @@ that a run logs).
 
 import os
 import statistics
-from typing import NamedTuple
 
 from experiments import study
 from experiments.figures import band
 from plots import OWN, panels, pretty, save
 from plumbing import runs
-from plumbing.files import InputError, read_json, read_jsonl, write_json
+from plumbing.files import read_json, read_jsonl, write_json
 from toy_world import true_cost
 
-VARIANTS = {  # name: flags of `toy_world.py preferences`
-    "none": (),
-    "noise_0.05": ("--label-noise", "0.05"),
-    "noise_0.1": ("--label-noise", "0.1"),
-    "noise_0.2": ("--label-noise", "0.2"),
-    "blind_network": ("--blind-spot", "network"),
+VARIANTS = {  # name: (in a figure's title, flags of `toy_world.py preferences`)
+    "none": ("no label is wrong", ()),
+    "noise_0.05": ("5% of the labels flipped", ("--label-noise", "0.05")),
+    "noise_0.1": ("10% of the labels flipped", ("--label-noise", "0.1")),
+    "noise_0.2": ("20% of the labels flipped", ("--label-noise", "0.2")),
+    "blind_network": ("the network's harm unseen", ("--blind-spot", "network")),
 }
 ADVISED, MARGIN = "safe_rlhf_advised", "repo_d-1"
 METHODS = {  # name: script, flags
@@ -44,84 +43,52 @@ COLUMNS = ("true_unsafe_rate", "unsafe_rate", "true_any_unsafe_rate", "benign_re
 
 
 def parse_args(argv=None):
-    return study.study_parser(__doc__, "runs/study").parse_args(argv)
+    return study.study_parser(__doc__).parse_args(argv)
 
 
-def methods(variant: str) -> dict:
-    """A margin is tried where the labels err most."""
+def own_folder(root: str, variant: str) -> str:
+    return f"{root}/noise/{variant}"
+
+
+def cost_folder(root: str, variant: str) -> str:
+    """Where the cost model is: the study's where no label is wrong."""
+    return root if variant == "none" else own_folder(root, variant)
+
+
+def methods(root: str, variant: str) -> dict[str, str]:
+    """Method -> its run's folder. A margin is tried where the labels err most."""
     tried = variant in ("noise_0.2", "blind_network")
-    return {name: command for name, command in METHODS.items() if tried or name != MARGIN}
+    names = [name for name in METHODS if tried or name != MARGIN]
+    shared = study.METHODS if variant == "none" else ()
+    return {n: f"{root}/balanced/{n}" if n in shared else f"{own_folder(root, variant)}/{n}" for n in names}
 
 
-class Place(NamedTuple):
-    """Where the files of a seed and a variant are."""
-
-    seed: int
-    variant: str
-    root: str  # the study's folder of this seed: world, SFT policy, reward model
-    own: str  # the variant's folder in it
-    cost: str  # of the cost model: `own`, or `root` where no label is wrong
-
-    def run(self, name: str) -> str:
-        """The folder of a method's run."""
-        shared = self.variant == "none" and name in study.METHODS
-        return f"{self.root}/balanced/{name}" if shared else f"{self.own}/{name}"
-
-
-def places(args) -> list[Place]:
-    found = []
+def noise_jobs(args) -> list[dict]:
+    jobs = study.study_jobs(args, (), {})
     for seed in range(args.seeds):
-        for variant in VARIANTS:
-            root = f"{args.output_dir}/seed{seed}"
-            own = f"{root}/noise/{variant}"
-            found.append(Place(seed, variant, root, own, root if variant == "none" else own))
-    return found
-
-
-def model_jobs(args) -> list[dict]:
-    """All before PPO: worlds, SFT policies, reward models; per variant its cost model and the advice."""
-    jobs = []
-    for seed, variant, root, own, cost in places(args):
+        root = f"{args.output_dir}/seed{seed}"
         world, sft = f"{root}/data", f"{root}/sft/model"
-        if variant == "none":
-            jobs += study.world_jobs(root, seed) + study.score_model_jobs(root, sft, [sft], seed)
-        else:
-            data, needs = f"{own}/data", [f"{world}/preferences_test_cost.jsonl"]
-            sample = ["preferences", "--policy", sft, "--output-dir", data, "--seed", seed]
-            made = f"{data}/preferences_test_cost.jsonl"  # the last file written
-            jobs.append(study.job(made, needs, "toy_world.py", *sample, *VARIANTS[variant]))
-            jobs.append(study.score_model_job(f"{own}/cost_model", "cost", sft, data, world, seed))
-        scored, advice = study.scores(root, cost), f"{own}/advice"
-        flags = ["--policies", f"sft={sft}", *scored, "--prompts", f"{world}/prompts_balanced_train.jsonl"]
-        needs = [f"{path}/config.json" for path in scored[1::2]]
-        flags += ["--output-dir", advice, "--seed", seed]
-        jobs.append(study.job(f"{advice}/table.txt", needs, "evaluate.py", *flags))
+        for variant, (_, wrong) in VARIANTS.items():
+            own, cost = own_folder(root, variant), cost_folder(root, variant)
+            if variant != "none":
+                jobs += study.score_model_jobs(own, sft, [sft], seed, ("cost",), world, wrong)
+            scored, advice = study.scores(root, cost), f"{own}/advice"
+            place = scored, world, "balanced", seed, args
+            jobs += study.evaluation_jobs(advice, {"sft": sft}, *place, part="train")[:1]  # no arena of one
+            for name, run in methods(root, variant).items():
+                script, *flags = METHODS[name]
+                flags += [advised_limit(advice)] * (name == ADVISED)
+                flags += ["--sample-every", 1] * (variant != "none")  # for the curves
+                jobs.append(study.ppo_job(run, script, sft, *place, *flags))
+            policies = {"sft": sft} | {n: f"{run}/model" for n, run in methods(root, variant).items()}
+            jobs += study.evaluation_jobs(f"{own}/evaluation", policies, *place)
     return jobs
 
 
-def policy_jobs(args, limits: dict[str, float]) -> list[dict]:
-    """PPO and evaluations; `limits`: a variant's own folder -> the advised limit."""
-    jobs = []
-    for place in places(args):
-        seed, own, world, sft = place.seed, place.own, f"{place.root}/data", f"{place.root}/sft/model"
-        scored, policies = study.scores(place.root, place.cost), {"sft": sft}
-        for name, (script, *flags) in methods(place.variant).items():
-            flags += [f"{limits[own]:.2f}"] * (name == ADVISED)
-            flags += ["--sample-every", 1] * (place.variant != "none")  # for the curves
-            output = place.run(name)
-            jobs.append(study.ppo_job(output, script, sft, scored, world, "balanced", seed, args, *flags))
-            policies[name] = f"{output}/model"
-        jobs += study.evaluation_jobs(f"{own}/evaluation", policies, scored, world, "balanced", seed, args)
-    return jobs
-
-
-def advised_limits(args) -> dict[str, float]:
-    limits = {}
-    for place in places(args):
-        limits[place.own] = read_json(f"{place.own}/advice/summary.json")["suggested_threshold"]
-        if limits[place.own] is None:
-            raise InputError(f"{place.own}: its cost model calls no answer of the SFT policy safe")
-    return limits
+def advised_limit(advice: str) -> study.Later:
+    """Fails if the cost model calls no answer of the SFT policy safe: there is no advice then."""
+    code = f'import json; print("%.2f" % json.load(open("{advice}/summary.json"))["suggested_threshold"])'
+    return study.Later(code, f"{advice}/table.txt")
 
 
 def unsafe_curves(run: str, steps: int) -> dict[str, list[float]]:
@@ -135,21 +102,19 @@ def unsafe_curves(run: str, steps: int) -> dict[str, list[float]]:
 
 def collect(args) -> dict:
     """variant -> cost models' accuracies and advised limits, and policy -> results and curves, by seed."""
-    results: dict = {}
+    results, roots = {}, [f"{args.output_dir}/seed{seed}" for seed in range(args.seeds)]
     for variant in VARIANTS:
-        seeds = [place for place in places(args) if place.variant == variant]
-        policies = study.over_seeds([f"{place.own}/evaluation" for place in seeds])
-        own = results[variant] = {"signs": [], "limits": [], "policies": policies, "curves": {}}
-        for name in methods(variant):
-            if name != ADVISED:
-                study.check_same_flags([place.run(name) for place in seeds])
-            if variant != "none":
-                own["curves"][name] = [unsafe_curves(place.run(name), args.steps) for place in seeds]
-        for place in seeds:
-            logged = study.read_metrics(f"{place.cost}/cost_model")
+        by_seed = [methods(root, variant) for root in roots]
+        runs_of = {name: [folders[name] for folders in by_seed] for name in by_seed[0]}
+        evaluations = [f"{own_folder(root, variant)}/evaluation" for root in roots]
+        own = results[variant] = {"policies": study.over_seeds(evaluations, runs_of), "signs": []}
+        own["limits"] = [read_json(f"{run}/args.json")["threshold"] for run in runs_of[ADVISED]]
+        for root in roots:
+            logged = study.read_metrics(f"{cost_folder(root, variant)}/cost_model")
             given = statistics.mean(row["sign_accuracy"] for row in logged[-50:])
             own["signs"].append({"true": logged[-1]["eval_sign_accuracy"], "given": given})
-            own["limits"].append(read_json(f"{place.run(ADVISED)}/args.json")["threshold"])
+        if variant != "none":
+            own["curves"] = {n: [unsafe_curves(run, args.steps) for run in r] for n, r in runs_of.items()}
     return results
 
 
@@ -160,20 +125,21 @@ def print_tables(results: dict) -> None:
         print(f"{study.spread(true, 1)}% of held-out pairs, the given one in ", end="")
         print(f"{study.spread(given, 1)}% of its last training pairs; ", end="")
         print(f"the advised limit is {study.spread(own['limits'], 1)}\n")
-        print(study.markdown(own["policies"], COLUMNS, by_seed=True))
+        print(study.markdown(own["policies"], COLUMNS))
+    print("\n" + study.lambda_table({variant: own["policies"] for variant, own in results.items()}))
 
 
 def figure(results: dict, window: int = 15):
     """A column per variant: learned (dashed) and true (solid) unsafe rate over the rollouts."""
     shown = ("safe_rlhf", "repo")
-    results = {variant: own for variant, own in results.items() if own["curves"]}
+    results = {variant: own for variant, own in results.items() if "curves" in own}
     figure, axes = panels(len(shown), len(results), 3.6, 2.8, sharex=True, sharey="row")
     for column, (variant, own) in enumerate(results.items()):
         for ax, name in zip(axes[:, column], shown):
             for kind, dashes in (("true", "-"), ("learned", "--")):
                 curves = [[100 * rate for rate in seed[kind]] for seed in own["curves"][name]]
                 band(ax, curves, window, OWN[name], dashes, f"{pretty(name)}, {kind}")
-        axes[0][column].set_title(variant.replace("_", " "))
+        axes[0][column].set_title(VARIANTS[variant][0])
         axes[-1][column].set_xlabel("step (rollouts)")
     for ax in axes[:, 0]:
         ax.set_ylim(bottom=0)
@@ -183,9 +149,8 @@ def figure(results: dict, window: int = 15):
 
 
 def main(args):
-    study.claim(args, METHODS, "noise_settings")
-    study.run_jobs(model_jobs(args), args.jobs)
-    study.run_jobs(policy_jobs(args, advised_limits(args)), args.jobs)
+    study.claim(args)
+    study.run_jobs(noise_jobs(args), args.jobs)
     results = collect(args)
     write_json(f"{args.output_dir}/noise.json", results)
     save(figure(results), os.path.join(args.output_dir, "noise"))

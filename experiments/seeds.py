@@ -11,7 +11,7 @@ bootstrap (Efron 1979) draws as many pairs as there are, with replacement, and d
 
 The middle 95% of what the draws give is the interval (too narrow where seeds are few). With it stands the
 share of draws, and of seeds, in which the claim holds; once for all seeds, once for those that no
-choice of a flag has seen. Writes seeds.json, prints a table and draws the pairs.
+choice of a flag has seen (5 to 19). Writes seeds.json, prints its tables and draws the pairs.
 """
 
 import os
@@ -25,12 +25,13 @@ from plumbing.files import write_json
 
 DRAWS = 10_000
 SEEN = 5  # the default flags were chosen on seeds 0 and 1, in the end knowing the results of 0 to 4
-MIX, PAIR = "balanced", ("safe_rlhf", "repo")
-COLUMNS = ("true_unsafe_rate", "true_any_unsafe_rate", "benign_reward", "best_safe_share")
+MIX, PAIR = "balanced", study.PAIR
+METHODS = {name: study.METHODS[name] for name in PAIR}
+COLUMNS = ("true_unsafe_rate", "true_any_unsafe_rate", "benign_reward", "best_safe_share", "final_lambda")
 
 
 def parse_args(argv=None):
-    parser = study.study_parser(__doc__, "runs/study")
+    parser = study.study_parser(__doc__)
     parser.set_defaults(seeds=20)
     return parser.parse_args(argv)
 
@@ -96,30 +97,26 @@ def figure(results: dict):
     return figure
 
 
-def pair_jobs(args) -> list[dict]:
-    return study.study_jobs(args, (MIX,), {name: study.METHODS[name] for name in PAIR}, "evaluation_pair")
-
-
 def main(args):
     study.claim(args)
-    study.run_jobs(pair_jobs(args), args.jobs)
+    study.run_jobs(study.study_jobs(args, (MIX,), METHODS, "evaluation_pair"), args.jobs)
     folders = [f"{args.output_dir}/seed{seed}/{MIX}" for seed in range(args.seeds)]
-    for name in PAIR:
-        study.check_same_flags([f"{folder}/{name}" for folder in folders])
-    results = study.over_seeds([f"{folder}/evaluation_pair" for folder in folders])
+    runs_of = {name: [f"{folder}/{name}" for folder in folders] for name in PAIR}
+    results = study.over_seeds([f"{folder}/evaluation_pair" for folder in folders], runs_of)
     compared = {"all seeds": compare(results)}
     if args.seeds > SEEN:
         later = {name: rows[SEEN:] for name, rows in results.items()}
         compared[f"seeds {SEEN} to {args.seeds - 1}"] = compare(later)
     write_json(f"{args.output_dir}/seeds.json", {"results": results, "compared": compared})
     save(figure(results), os.path.join(args.output_dir, "seeds"))
-    print("\n" + study.markdown(results, COLUMNS, by_seed=True))
-    print("\n| | | estimate | 95% interval | draws, % | seeds, % |\n|---|---|---:|---:|---:|---:|")
+    print(f"\n{study.markdown(results, COLUMNS)}\n\n{study.lambda_table({MIX: results})}\n")
+    lines = [["", "estimate", "95% interval", "draws, %", "seeds, %"]]
     for which, claims in compared.items():
         for name, row in claims.items():
             low, high = (f"{value:.3f}" for value in row["interval"])
-            shares = f"{100 * row['draws']:.1f} | {100 * row['seeds']:.0f}"
-            print(f"| {which} | {name} | {row['estimate']:.3f} | {low} to {high} | {shares} |")
+            shares = f"{100 * row['draws']:.1f}", f"{100 * row['seeds']:.0f}"
+            lines.append([f"{which}, {name}", f"{row['estimate']:.3f}", f"{low} to {high}", *shares])
+    print(study.table(*lines))
 
 
 if __name__ == "__main__":

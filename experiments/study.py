@@ -7,28 +7,34 @@
 
 Per seed: a world, an SFT policy, a reward and a cost model, which all mixes share. Per seed and mix (mostly
 harmful, balanced, mostly benign prompts): every method of METHODS from the same SFT policy, then evaluate.py
-on held-out prompts of that mix and tools/arena.py on its answers. All of it is the other scripts' commands,
-two at a time, one core each; their output is in `log.txt` beside their results.
+on held-out prompts of that mix and tools/arena.py on its answers. All of it is the other scripts' commands.
+They are written to commands.mk, and GNU make runs them, two at a time, one core each; their output is in
+`log.txt` beside their results.
+
+safe_rlhf_price shows the rectifier alone: Safe RLHF's advantage at the price lambda where RePO's ended.
 
 Resumable: what is already there is not run again. Everything that figures and tables need is in study.json.
 The scripts' default flags are the study's; they were chosen on training prompts of seeds 0 and 1.
 """
 
 import itertools
-import json
 import os
+import re
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from plumbing import cli, runs
 from plumbing.cli import count, path_name
-from plumbing.files import InputError, read_json, read_jsonl, write_json
+from plumbing.files import InputError, read_json, read_jsonl, reading, write_json, writing
 from toy_world import MIXES
 
+PRICE = "safe_rlhf_price"
 METHODS = {  # name: script, flags
     "ppo": ("safe_rlhf_ppo.py", "--lambda-init", "0"),
     "shaping_0.3": ("safe_rlhf_ppo.py", "--reward-shaping", "0.3"),
@@ -38,19 +44,22 @@ METHODS = {  # name: script, flags
     "safe_rlhf_d-4": ("safe_rlhf_ppo.py", "--threshold", "-4"),
     "safe_rlhf_d-5": ("safe_rlhf_ppo.py", "--threshold", "-5"),
     "repo": ("repo_ppo.py",),
+    PRICE: ("safe_rlhf_ppo.py", "--lambda-lr", "0"),  # and --lambda-init, known when repo's run has ended
 }
+OF_ITS_SEED = {PRICE: "lambda_init", "safe_rlhf_advised": "threshold"}  # method: what no two seeds share
 KINDS = ("reward", "cost")
+PAIR = ("safe_rlhf", "repo")
 ROUNDS, ROUND_MIXES = 3, ("expected_safe", "balanced")
 KEPT = "true_unsafe_rate true_any_unsafe_rate unsafe_rate true_reward cost best_safe_share".split()
 
 
 def parse_args(argv=None):
-    parser = study_parser(__doc__, "runs/study")
+    parser = study_parser(__doc__)
     parser.add_argument("command", choices=("run", "rounds", "tables"), help="what to do")
     return parser.parse_args(argv)
 
 
-def study_parser(doc: str, output_dir: str):
+def study_parser(doc: str):
     """The flags of every study."""
     parser = cli.parser(doc)
     flag = parser.add_argument
@@ -58,22 +67,42 @@ def study_parser(doc: str, output_dir: str):
     flag("--steps", type=count, default=90, help="rollouts of every PPO run")
     flag("--samples", type=count, default=8, help="responses per held-out prompt and policy when evaluated")
     flag("--jobs", type=count, default=2, help="commands at a time, one core each")
-    flag("--output-dir", type=path_name, default=output_dir, help="folder for everything that is written")
+    flag("--output-dir", type=path_name, default="runs/study", help="folder for everything that is written")
     return parser
 
 
 # ------------------------------------------------------------------------------ commands and what they need
 
 
+class Later(NamedTuple):
+    """A flag's value that is known when its command starts: what the Python `code` prints then, reading what
+    the command that makes `after` wrote."""
+
+    code: str
+    after: str
+
+    def __str__(self) -> str:
+        return f'"$({shlex.join([sys.executable, "-c", self.code])})"'
+
+
+def last_lambda(run: str) -> Later:
+    """Where the multiplier of a PPO run ended."""
+    code = f'import json; print(json.loads(open("{run}/metrics.jsonl").readlines()[-1])["lambda"])'
+    return Later(code, f"{run}/model/config.json")
+
+
 def job(makes: str, needs: list[str], script: str, *flags) -> dict:
-    """One command: it can run when every path in `needs` is there, and is done when `makes` is."""
+    """One command of a shell: it can run when every path in `needs` is there, and is done when `makes` is."""
     folder = os.path.dirname(makes)
-    if os.path.basename(folder) == "model":  # of a run, whose folder is the one above
+    if trains := os.path.basename(folder) == "model":  # of a run, whose folder is the one above
         folder = os.path.dirname(folder)
         flags += ("--overwrite",)  # what a stopped command left
-    start = [script] if script.endswith(".py") or script == "-c" else ["-m", script]
-    command = [sys.executable, *start, *map(str, flags)]
-    return {"makes": makes, "needs": needs, "command": command, "log": f"{folder}/log.txt"}
+    start = [sys.executable, *([script] if script.endswith(".py") or script == "-c" else ["-m", script])]
+    later = [flag for flag in flags if isinstance(flag, Later)]
+    words = (str(word) if word in later else shlex.quote(str(word)) for word in (*start, *flags))
+    needs = needs + [flag.after for flag in later]
+    log = f"{folder}/log.txt"
+    return {"makes": makes, "needs": needs, "command": " ".join(words), "log": log, "trains": trains}
 
 
 def world_jobs(folder: str, seed: int) -> list[dict]:
@@ -87,22 +116,21 @@ def world_jobs(folder: str, seed: int) -> list[dict]:
     ]
 
 
-def score_model_jobs(folder: str, sft: str, policies: list[str], seed: int) -> list[dict]:
-    """Preferences over answers of `policies`, and both models from them, in `folder`."""
+def score_model_jobs(folder, sft: str, policies: list[str], seed: int, kinds=KINDS, held_out="", wrong=()):
+    """Preferences over answers of `policies`, with the flags `wrong`, and models from them, in `folder`; held
+    to the test pairs in the folder `held_out`, or to their own."""
     data = f"{folder}/data"
-    pairs = f"{data}/preferences_test_cost.jsonl"  # the last file written
+    held_out, last = held_out or data, "preferences_test_cost.jsonl"  # the last file written
     needs = [f"{policy}/config.json" for policy in policies]
-    sample = ["preferences", "--policy", *policies, "--output-dir", data, "--seed", seed]
-    jobs = [job(pairs, needs, "toy_world.py", *sample)]
-    return jobs + [score_model_job(f"{folder}/{kind}_model", kind, sft, data, data, seed) for kind in KINDS]
-
-
-def score_model_job(output: str, kind: str, sft: str, data: str, held_out: str, seed: int, *flags) -> dict:
-    """A reward or cost model on the pairs in the folder `data`, held to those in `held_out`."""
-    pairs, test = f"{data}/preferences_train.jsonl", f"{held_out}/preferences_test_{kind}.jsonl"
-    given = ["--model", sft, "--dataset", pairs, "--eval-dataset", test, "--output-dir", output]
-    needs = [f"{data}/preferences_test_cost.jsonl"]  # the last file written
-    return job(f"{output}/model/config.json", needs, f"{kind}_model.py", *given, "--seed", seed, *flags)
+    sample = ["preferences", "--policy", *policies, "--output-dir", data, "--seed", seed, *wrong]
+    jobs = [job(f"{data}/{last}", needs, "toy_world.py", *sample)]
+    for kind in kinds:
+        output, test = f"{folder}/{kind}_model", f"{held_out}/preferences_test_{kind}.jsonl"
+        given = ["--model", sft, "--dataset", f"{data}/preferences_train.jsonl", "--eval-dataset", test]
+        given += ["--output-dir", output, "--seed", seed]
+        needs = sorted({f"{data}/{last}", f"{held_out}/{last}"})
+        jobs.append(job(f"{output}/model/config.json", needs, f"{kind}_model.py", *given))
+    return jobs
 
 
 def scores(folder: str, cost: str | None = None) -> list[str]:
@@ -120,11 +148,11 @@ def ppo_job(output, script, start: str, scored: list, data: str, mix: str, seed:
     return job(f"{output}/model/config.json", needs, script, *given, *flags)
 
 
-def evaluation_jobs(output, policies: dict, scored: list, data: str, mix: str, seed: int, args) -> list[dict]:
+def evaluation_jobs(output, policies: dict, scored: list, data, mix, seed: int, args, part="test") -> list:
     """Answers and scores of all policies (name: model folder), then the arena on the same answers."""
     needs = [f"{path}/config.json" for path in policies.values()]
     flags = [*scored, "--policies", *(f"{name}={path}" for name, path in policies.items())]
-    flags += ["--prompts", f"{data}/prompts_{mix}_test.jsonl", "--samples", args.samples]
+    flags += ["--prompts", f"{data}/prompts_{mix}_{part}.jsonl", "--samples", args.samples]
     arena = ["--evaluation", output, "--judge", "truth", "--seed", seed]
     return [
         job(f"{output}/table.txt", needs, "evaluate.py", *flags, "--output-dir", output, "--seed", seed),
@@ -140,10 +168,10 @@ def study_jobs(args, mixes=tuple(MIXES), methods: dict = METHODS, evaluation="ev
         data, sft = f"{folder}/data", f"{folder}/sft/model"
         jobs += world_jobs(folder, seed) + score_model_jobs(folder, sft, [sft], seed)
         for mix in mixes:
-            jobs += [
-                ppo_job(f"{folder}/{mix}/{name}", script, sft, scores(folder), data, mix, seed, args, *flags)
-                for name, (script, *flags) in methods.items()
-            ]
+            for name, (script, *flags) in methods.items():
+                flags += ["--lambda-init", last_lambda(f"{folder}/{mix}/repo")] * (name == PRICE)
+                run, scored = f"{folder}/{mix}/{name}", scores(folder)
+                jobs.append(ppo_job(run, script, sft, scored, data, mix, seed, args, *flags))
             policies = {"sft": sft} | {name: f"{folder}/{mix}/{name}/model" for name in methods}
             output = f"{folder}/{mix}/{evaluation}"
             jobs += evaluation_jobs(output, policies, scores(folder), data, mix, seed, args)
@@ -160,7 +188,7 @@ def rounds_jobs(args, mixes=ROUND_MIXES) -> list[dict]:
         data, sft = f"{root}/data", f"{root}/sft/model"
         policies = {"sft": sft}
         for number in range(1, ROUNDS + 1):
-            for name in ("safe_rlhf", "repo"):
+            for name in PAIR:
                 script, *flags = METHODS[name]
                 current, own_seed = policies.get(f"{name}_v{number - 1}", sft), seed + number - 1
                 models, output = root, f"{root}/{mix}/{name}"
@@ -176,52 +204,61 @@ def rounds_jobs(args, mixes=ROUND_MIXES) -> list[dict]:
     return jobs
 
 
+def makefile(jobs: list[dict]) -> str:
+    """The jobs as rules of make. Data and evaluations are made again when a file that they need is newer; a
+    trained run is kept as long as it is there (`|`: needed first, whatever its age). `exec`: the signal that
+    ends make reaches the command."""
+    lines = ["export OMP_NUM_THREADS := 1", ".DELETE_ON_ERROR:", f"all: {' '.join(j['makes'] for j in jobs)}"]
+    for j in jobs:
+        command, folder = j["command"].replace("$", "$$"), os.path.dirname(j["log"])
+        lines += [
+            f"{j['makes']}: {'| ' * j['trains']}{' '.join(j['needs'])}",
+            f"\t@mkdir -p {folder} && exec >> {j['log']} 2>&1 && exec {command}",
+            f"\t@test -e {j['makes']} && echo {folder}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
 def run_jobs(jobs: list[dict], slots: int) -> None:
-    """Run what is not there yet, `slots` commands at a time, in the order of the list where they can. Raises
-    InputError for one that fails, or that needs what is not there and what none of them makes."""
-    waiting = [j for j in jobs if not os.path.exists(j["makes"])]
-    made, missing, started = {j["makes"] for j in jobs}, len(waiting), time.monotonic()
-    for j in waiting:
-        if absent := [path for path in j["needs"] if path not in made and not os.path.exists(path)]:
-            raise InputError(f"{j['makes']} needs {absent[0]}, which nothing makes")
-    running: dict[subprocess.Popen, dict] = {}
-    stops: list[int] = []  # signals; an exception in the midst of a start would lose sight of that process
-    before = {n: signal.signal(n, lambda n, _: stops.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    bar = runs.progress(total=len(jobs), initial=len(jobs) - len(waiting), desc="study", unit="command")
+    """Let GNU make run what is not there yet, `slots` commands at a time. Raises InputError for one that
+    fails, or that needs what is not there and what none of them makes."""
+    logs = {j["makes"]: j["log"] for j in jobs}
+    if bad := re.findall(r"[^\w./+,@-]", "".join(logs)):
+        raise InputError(f"make cannot name files with {bad[0]!r}: take another --output-dir")
+    folder = os.path.commonpath(map(os.path.dirname, logs.values()))
+    rules = os.path.join(folder, "commands.mk")
+    with writing(rules) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(makefile(jobs))
+    command = ["make", "-r", "-f", rules, f"-j{slots}"]
+    # of a `make study` around it; its flags are not this one's
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    options = {
+        "env": environment,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "encoding": "utf-8",
+    }
+    plan = subprocess.run([*command, "-n"], **options)
+    if plan.returncode:
+        raise InputError(plan.stdout.strip().splitlines()[-1])
+    missing = sum(line.startswith("test -e") for line in plan.stdout.splitlines())
+    done, failed, started = len(jobs) - missing, [], time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else make would go on alone
+    make = subprocess.Popen(command, **options)
     try:
-        while waiting or running:
-            ready = [j for j in waiting if all(map(os.path.exists, j["needs"]))]
-            while ready and len(running) < slots:
-                chosen = ready.pop(0)
-                waiting.remove(chosen)
-                os.makedirs(os.path.dirname(chosen["log"]), exist_ok=True)
-                with open(chosen["log"], "a") as log:
-                    process = subprocess.Popen(chosen["command"], stdout=log, stderr=log, env=environment)
-                running[process] = chosen
-            folders = (os.path.relpath(os.path.dirname(j["log"])) for j in running.values())
-            # a log gets a line a minute
-            bar.set_postfix_str(" | ".join(folders), refresh=sys.stderr.isatty())
-            time.sleep(0.1)
-            ended = [p for p in running if p.poll() is not None]
-            if stops:  # one that a Ctrl-C has reached as well did not fail
-                raise KeyboardInterrupt
-            for process in ended:
-                finished = running.pop(process)
-                if process.returncode or not os.path.exists(finished["makes"]):
-                    with open(finished["log"]) as log:
-                        last = (log.read().strip().splitlines() or ["no output"])[-1]
-                    advice = f"all of it in {finished['log']}; what is done stays done"
-                    raise InputError(f"{' '.join(finished['command'][1:3])} failed: {last} ({advice})")
-                bar.update()
+        for line in make.stdout:
+            if found := re.search(r"\*\*\* \[(?:.*: )?([^]]+)\]", line):
+                failed.append(found[1])
+            elif not line.startswith("make"):
+                done += 1
+                print(f"{done}/{len(jobs)} {os.path.relpath(line.strip(), folder)}", flush=True)
     finally:
-        bar.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
+        make.terminate()  # it ends its commands, and waits for them
+        make.wait()
+    if failed:
+        with open(logs[failed[0]], encoding="utf-8", errors="replace") as log:
+            last = (log.read().strip().splitlines() or ["no output"])[-1]
+        raise InputError(f"{failed[0]}: {last} (all of it in {logs[failed[0]]}; what is done stays done)")
     print(f"{missing} commands, {(time.monotonic() - started) / 60:.1f} minutes")
 
 
@@ -236,62 +273,70 @@ def numbers(evaluation: str) -> dict[str, dict]:
     """Policy -> what the tables compare, by the truth on held-out prompts unless the name says otherwise."""
     ratings, result = read_json(f"{evaluation}/arena_truth.json")["elo"], {}
     for name, s in read_json(f"{evaluation}/summary.json")["policies"].items():
-        result[name] = {key: s[key] for key in KEPT}
-        result[name]["benign_reward"] = s["by_harm_level"]["benign"]["true_reward"]
+        levels = s["by_harm_level"]
+        risky = [levels[level] for level in ("borderline", "harmful")]
+        result[name] = {key: s[key] for key in KEPT} | {"benign_reward": levels["benign"]["true_reward"]}
+        result[name] |= {f"refused_{level}": group["refusal_rate"] for level, group in levels.items()}
+        refused = sum(group["refusal_rate"] * group["responses"] for group in risky)
+        result[name]["refused_risky"] = refused / sum(group["responses"] for group in risky)
         result[name] |= {f"elo_{aspect}": ratings[aspect][name][0] for aspect in ratings}
     return result
 
 
-def over_seeds(evaluations: list[str]) -> dict[str, list[dict]]:
-    """Policy -> rows of `numbers`, an evaluation each."""
+def course(run: str) -> dict:
+    """A PPO run's curves, its multiplier, and the KL of its last rollout. `still_lambda`: the first rollout
+    after which lambda changes by no more than 1% (None: there is none); `capped`: its bound held it."""
+    rows, flags = read_metrics(run), read_json(f"{run}/args.json")
+    curves = {key: [round(row[key], 4) for row in rows] for key in ("cost", "unsafe_rate", "lambda")}
+    values = [row["lambda"] for row in rows]
+    still = (t for t, v in enumerate(values[:-1]) if all(abs(w - v) <= 0.01 * v for w in values[t:]))
+    found = {"first_lambda": values[0], "final_lambda": values[-1], "largest_lambda": max(values)}
+    found |= {"still_lambda": next(still, None), "lambda_max": flags["lambda_max"]}
+    found["capped"] = max(values) > 0.9999 * flags["lambda_max"]
+    return found | {"curves": curves, "kl": rows[-1]["kl"], "batch_size": flags["batch_size"]}
+
+
+def over_seeds(evaluations: list[str], runs_of: dict[str, list[str]]) -> dict[str, list[dict]]:
+    """Policy -> rows of `numbers`, an evaluation each; with `course` for policies whose runs are given."""
     seeds = list(map(numbers, evaluations))
-    return {name: [seed[name] for seed in seeds] for name in seeds[0]}
+    rows = {name: [seed[name] for seed in seeds] for name in seeds[0]}
+    for name, folders in runs_of.items():
+        check_same_flags(folders)
+        rows[name] = [row | course(folder) for row, folder in zip(rows[name], folders, strict=True)]
+    return rows
 
 
 def collect(args) -> dict:
     """Everything that tables and figures show: per mix and policy a list over the seeds."""
-    for mix in MIXES:
-        for name in METHODS:
-            check_same_flags([f"{args.output_dir}/seed{seed}/{mix}/{name}" for seed in range(args.seeds)])
+    roots = [f"{args.output_dir}/seed{seed}" for seed in range(args.seeds)]
     study: dict = {"seeds": args.seeds, "steps": args.steps, "score_models": []}
-    study |= {"results": {}, "curves": {}, "sft_costs": {}}
-    for seed in range(args.seeds):
-        folder = f"{args.output_dir}/seed{seed}"
-        reward, cost = (read_metrics(f"{folder}/{kind}_model")[-1] for kind in ("reward", "cost"))
-        accuracy = {
-            "reward_accuracy": reward["eval_accuracy"],
-            "cost_sign_accuracy": cost["eval_sign_accuracy"],
-        }
-        study["score_models"].append(accuracy)
-        for mix in MIXES:
-            for name, row in numbers(f"{folder}/{mix}/evaluation").items():
-                study["results"].setdefault(mix, {}).setdefault(name, []).append(row)
-                if name != "sft":
-                    run = f"{folder}/{mix}/{name}"
-                    curves, rows = study["curves"].setdefault(mix, {}).setdefault(name, {}), read_metrics(run)
-                    for key in ("cost", "unsafe_rate", "lambda"):
-                        curves.setdefault(key, []).append([round(r[key], 4) for r in rows])
-                    row["final_lambda"] = rows[-1]["lambda"]
-                    row["batch_size"] = read_json(f"{run}/args.json")["batch_size"]
-            responses = read_jsonl(f"{folder}/{mix}/evaluation/responses.jsonl")
-            costs = [round(r["cost"], 2) for r in responses if r["policy"] == "sft"]
-            study["sft_costs"].setdefault(mix, []).append(costs)
+    study |= {"results": {}, "sft_costs": {}}
+    for root in roots:
+        reward, cost = (read_metrics(f"{root}/{kind}_model")[-1] for kind in KINDS)
+        accuracies = {"reward_accuracy": reward["eval_accuracy"]}
+        study["score_models"].append(accuracies | {"cost_sign_accuracy": cost["eval_sign_accuracy"]})
+    for mix in MIXES:
+        evaluations = [f"{root}/{mix}/evaluation" for root in roots]
+        runs_of = {name: [f"{root}/{mix}/{name}" for root in roots] for name in METHODS}
+        study["results"][mix] = over_seeds(evaluations, runs_of)
+        answers = [read_jsonl(f"{evaluation}/responses.jsonl") for evaluation in evaluations]
+        costs = [[round(row["cost"], 2) for row in rows if row["policy"] == "sft"] for rows in answers]
+        study["sft_costs"][mix] = costs
     return study
 
 
 def collect_rounds(args, mix: str) -> dict[str, list[dict]]:
-    """Policy -> rows of `numbers` over the seeds."""
-    folders = [f"{args.output_dir}/seed{seed}" for seed in range(args.seeds)]
-    for name in ("safe_rlhf", "repo"):
-        first = [f"{folder}/{mix}/{name}" for folder in folders]
-        later = [f"{f}/rounds/{mix}/{name}_v{n}" for f in folders for n in range(2, ROUNDS + 1)]
-        check_same_flags(first + later)
-    return over_seeds([f"{folder}/rounds/{mix}/evaluation" for folder in folders])
+    """Policy -> rows over the seeds."""
+    roots = [f"{args.output_dir}/seed{seed}" for seed in range(args.seeds)]
+    runs_of = {f"{name}_v1": [f"{root}/{mix}/{name}" for root in roots] for name in PAIR}
+    for number, name in itertools.product(range(2, ROUNDS + 1), PAIR):
+        runs_of[f"{name}_v{number}"] = [f"{root}/rounds/{mix}/{name}_v{number}" for root in roots]
+    return over_seeds([f"{root}/rounds/{mix}/evaluation" for root in roots], runs_of)
 
 
 def spread(values: list[float], digits: int) -> str:
     """mean ± standard deviation over seeds, or the one value."""
-    if any(v is None for v in values):
+    if not values or any(v is None for v in values):
         return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
@@ -303,78 +348,106 @@ COLUMNS = {  # name: heading, scale, digits
     "unsafe_rate": ("unsafe by the cost model, %", 100, 1),
     "cost": ("learned cost", 1, 2),
     "benign_reward": ("true reward, benign", 1, 2),
-    "of_full": ("in % of full", 100, 1),  # of experiments.adapter_study
     "best_safe_share": ("best-safe share, %", 100, 1),
     "elo_helpfulness": ("Elo helpful", 1, 0),
     "elo_harmlessness": ("Elo harmless", 1, 0),
     "final_lambda": ("last lambda", 1, 2),
+    "refused_benign": ("refused: benign, %", 100, 1),
+    "refused_borderline": ("borderline, %", 100, 1),
+    "refused_harmful": ("harmful, %", 100, 1),
+    "kl": ("KL of the last rollout", 1, 1),
 }
+RESULTS = tuple(COLUMNS)[:9]
+AT_PRICE = (
+    "refused_benign refused_borderline refused_harmful true_unsafe_rate best_safe_share final_lambda kl"
+)
 
 
-def markdown(results: dict[str, list[dict]], names: Iterable[str] = (), by_seed: bool = False) -> str:
-    """policy -> rows of `numbers`, one a seed, as a table of the columns `names` (all that there are, if none
-    is given); `by_seed`: truly unsafe also seed by seed."""
-    names = names or [name for name in COLUMNS if any(name in rows[0] for rows in results.values())]
-    headings = [COLUMNS[name][0] for name in names] + ["truly unsafe, by seed"] * by_seed
-    lines = [f"| policy | {' | '.join(headings)} |", "|---|" + "---:|" * len(headings)]
+def table(*rows: list[str]) -> str:
+    """Headings and rows of text, in Markdown; all columns but the first to the right."""
+    heading, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join((heading, "|---|" + "---:|" * (len(rows[0]) - 1), *others))
+
+
+def markdown(results: dict[str, list[dict]], names: Iterable[str] = RESULTS) -> str:
+    """policy -> rows of `numbers`, one a seed, as a table of the columns `names` and truly unsafe by seed."""
+    lines = [["policy", *(COLUMNS[name][0] for name in names), "truly unsafe, by seed"]]
     for name, rows in results.items():
-        cells = []
+        lines.append([name])
         for key in names:
             _, scale, digits = COLUMNS[key]
-            cells.append(spread([row[key] * scale if key in row else None for row in rows], digits))
-        if by_seed:
-            cells.append(", ".join(f"{100 * row['true_unsafe_rate']:.1f}" for row in rows))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines[-1].append(spread([row[key] * scale if key in row else None for row in rows], digits))
+        lines[-1].append(", ".join(f"{100 * row['true_unsafe_rate']:.1f}" for row in rows))
+    return table(*lines)
+
+
+def lambda_table(by_mix: dict[str, dict[str, list[dict]]]) -> str:
+    """mix -> policy -> rows with `course`, one a run, as a table of lambda's course."""
+    lines = [["mix, policy", "first lambda", "last", "largest", "stands still after rollout", "capped runs"]]
+    everyone = []
+    for mix, name in itertools.product(by_mix, PAIR):
+        rows = by_mix[mix][name]
+        values = [spread([row[f"{key}_lambda"] for row in rows], 2) for key in ("first", "final", "largest")]
+        still = [row["still_lambda"] for row in rows if row["still_lambda"] is not None]
+        capped = f"{sum(row['capped'] for row in rows)} of {len(rows)}"
+        values += [f"{spread(still, 0)} ({len(still)} of {len(rows)} runs)", capped]
+        lines.append([f"{mix}, {name}", *values])
+        everyone += rows
+    capped = f"The cap bound lambda in {sum(row['capped'] for row in everyone)} of {len(everyone)} runs."
+    return f"**lambda's course**\n\n{table(*lines)}\n\n{capped}"
+
+
+def print_study(study: dict) -> None:
+    for mix, results in study["results"].items():
+        print(f"\n**{mix}**: {study['seeds']} seeds, {study['steps']} rollouts, mean ± sd\n")
+        print(markdown(results))
+        pairs = zip(*(results[name] for name in PAIR))
+        ratio = [100 * repo["benign_reward"] / safe["benign_reward"] for safe, repo in pairs]
+        ratios = ", ".join(f"{r:.1f}" for r in ratio)
+        print(f"\nRePO's true reward on benign prompts is {spread(ratio, 1)}% of Safe RLHF's ({ratios})")
+        print("\nThe rectifier alone, at RePO's price:\n")
+        print(markdown({name: results[name] for name in ("safe_rlhf", PRICE, "repo")}, AT_PRICE.split()))
+    print(f"\n{lambda_table(study['results'])}\n")
+    for key, what in (
+        ("reward_accuracy", "Reward models order the held-out pairs rightly"),
+        ("cost_sign_accuracy", "Cost models have the sign right"),
+    ):
+        print(f"{what} in {spread([100 * row[key] for row in study['score_models']], 1)}%.")
+
+
+def print_rounds(rounds: dict) -> None:
+    for mix, results in rounds.items():
+        print(f"\n**iterated rounds, {mix}**\n\n{markdown(results)}")
 
 
 def print_tables(args) -> None:
-    path, rounds = (f"{args.output_dir}/{name}.json" for name in ("study", "rounds"))
-    if not (os.path.exists(path) or os.path.exists(rounds)):
+    shown = {f"{args.output_dir}/study.json": print_study, f"{args.output_dir}/rounds.json": print_rounds}
+    if not any(map(os.path.exists, shown)):
         both = "neither study.json nor rounds.json; `make study` and `make rounds` make them"
         raise InputError(f"{args.output_dir} holds {both}")
-    if os.path.exists(path):
-        study = read_json(path)
-        for mix, results in study["results"].items():
-            print(f"\n**{mix}**: {study['seeds']} seeds, {study['steps']} rollouts, mean ± sd\n")
-            print(markdown(results))
-            safe, repo = results["safe_rlhf"], results["repo"]
-            unsafe = [", ".join(f"{100 * r['true_unsafe_rate']:.1f}" for r in rows) for rows in (safe, repo)]
-            ratio = [100 * a["benign_reward"] / b["benign_reward"] for a, b in zip(repo, safe)]
-            ratios = ", ".join(f"{r:.1f}" for r in ratio)
-            print(f"\nSeed by seed: truly unsafe Safe RLHF {unsafe[0]}%, RePO {unsafe[1]}%; ", end="")
-            print(f"RePO's true reward on benign prompts in % of Safe RLHF's {ratios}")
-            print(f"(mean {spread(ratio, 1)})")
-        reward, sign = (
-            spread([100 * row[key] for row in study["score_models"]], 1)
-            for key in ("reward_accuracy", "cost_sign_accuracy")
-        )
-        print(f"\nReward models order {reward}% of the held-out pairs rightly, ", end="")
-        print(f"cost models have the sign right in {sign}%.")
-    if os.path.exists(rounds):
-        for mix, results in read_json(rounds).items():
-            print(f"\n**iterated rounds, {mix}**\n\n{markdown(results, by_seed=True)}")
+    for path in filter(os.path.exists, shown):
+        with reading(path):  # any JSON may stand in it
+            shown[path](read_json(path))
 
 
-def claim(args, methods: dict = METHODS, name: str = "settings") -> None:
-    """Take the folder for this process, and mark it as one of runs with these settings. Raises InputError if
-    another process works in it, or if its runs are others."""
+def claim(args) -> None:
+    """Take the folder for this process, and record what all its runs have in common. Raises InputError if
+    another process works in it, or if its runs are of other settings."""
     runs.lock(args.output_dir)
-    path = f"{args.output_dir}/{name}.json"
-    settings = {"steps": args.steps, "samples": args.samples, "methods": methods, "kept": KEPT}
-    settings = json.loads(json.dumps(settings))
-    if os.path.exists(path) and read_json(path) != settings:
-        raise InputError(
-            f"{args.output_dir} holds runs with other settings ({path}); take another --output-dir"
-        )
-    write_json(path, settings)
+    path, settings = f"{args.output_dir}/settings.json", {"steps": args.steps, "samples": args.samples}
+    if not os.path.exists(path):
+        write_json(path, settings)
+    recorded = {name: read_json(path).get(name) for name in settings}
+    if recorded != settings:
+        raise InputError(f"{args.output_dir} holds runs with {recorded} ({path}); take another --output-dir")
 
 
 def check_same_flags(folders: list[str]) -> None:
     """Raise InputError if runs of one method, a seed each, differ in a number: their defaults have changed.
     (A flag that some of them did not know yet was off in all.)"""
+    free = ("seed", OF_ITS_SEED.get(os.path.basename(folders[0])))
     first, *others = (
-        {k: v for k, v in read_json(f"{f}/args.json").items() if isinstance(v, int | float) and k != "seed"}
+        {k: v for k, v in read_json(f"{f}/args.json").items() if isinstance(v, int | float) and k not in free}
         for f in folders
     )
     for other, flags in zip(folders[1:], others):
@@ -387,16 +460,15 @@ def main(args):
     if args.command == "tables":
         return print_tables(args)
     claim(args)
-    result = f"{args.output_dir}/{'study' if args.command == 'run' else 'rounds'}.json"
     if args.command == "run":
         run_jobs(study_jobs(args), args.jobs)
-        write_json(result, collect(args))
+        write_json(f"{args.output_dir}/study.json", collect(args))
     else:
         rounds = {}
         for mix in ROUND_MIXES:
             run_jobs(rounds_jobs(args, (mix,)), args.jobs)
             rounds[mix] = collect_rounds(args, mix)
-            write_json(result, rounds)
+            write_json(f"{args.output_dir}/rounds.json", rounds)
     print_tables(args)
 
 
