@@ -28,7 +28,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig  # noqa: E
 import lm  # noqa: E402
 import repo_ppo  # noqa: E402
 from lm import ScoreModel, generate  # noqa: E402
-from plumbing import cli, distributed, optim  # noqa: E402
+from plumbing import cli, distributed, optim, ppo  # noqa: E402
 from tools import plan  # noqa: E402
 
 RECIPE = "--fsdp --dtype bf16 --activation-checkpointing --max-length 512 --max-new-tokens 384".split()
@@ -87,8 +87,10 @@ def six_models(config, args) -> tuple:
     def score_model(path: str, kind: str, new_head: bool = False, *, dtype, on_meta: bool):
         return ScoreModel(AutoModel.from_config(config, dtype=dtype), kind)
 
-    with mock.patch.multiple(repo_ppo, load_causal_lm=language_model, load_score_model=score_model):
-        return repo_ppo.six_models(args)
+    with mock.patch.multiple(ppo, load_causal_lm=language_model, load_score_model=score_model):
+        policy, reference = ppo.policy_and_reference(args)
+        critics, score_models = zip(*(ppo.critic_and_score_model(kind, args) for kind in ("reward", "cost")))
+    return policy, reference, *score_models, *critics
 
 
 def tracked(config, args, world: int) -> dict[str, float]:
@@ -118,10 +120,17 @@ def tracked(config, args, world: int) -> dict[str, float]:
                 generate(sampler, sequences[:, :-2], mask[:, :-2], 2, uniforms=torch.zeros(rows, 2))
 
         def score():
-            repo_ppo.score(dict(rollout), *models[1:], args)
+            lm.in_pieces(lm.response_log_probs, models[1], rollout, small, args.temperature)
+            for kind, score_model, critic in zip(("reward", "cost"), models[2:4], critics):
+                lm.in_pieces(lm.response_scores, score_model, rollout, small, kind)
+                lm.in_pieces(lm.state_values, critic, rollout, small)
 
         def update():
-            repo_ppo.update(policy, *critics, optimizers, batch, ptx, args)
+            pieces, weights = lm.micro_batches(batch, small), (1.0, args.clip, args.ptx_coeff, args.grad_clip)
+            repo_ppo.update_policy(policy, optimizers["policy"], pieces, ptx, *weights)
+            for kind, critic in zip(("reward", "cost"), critics):
+                optimizer = optimizers[f"{kind}_critic"]
+                repo_ppo.update_critic(critic, optimizer, pieces, kind, args.value_clip, args.grad_clip)
 
         update()  # once untracked: Adam's states come to be, and FSDP's lazy initialization is done
         peaks = {}

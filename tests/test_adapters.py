@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import repo_ppo
 from lm import token_log_probs
-from plumbing import adapters, cli, loading
+from plumbing import adapters, cli, loading, ppo
 from plumbing.adapters import WithoutAdapters, adapt
 from plumbing.files import InputError, read_json, read_jsonl, write_json
 from plumbing.loading import load_causal_lm, load_score_model, save_score_model
@@ -164,13 +164,20 @@ def test_a_layer_that_its_model_does_not_call_is_refused_by_name():
 # ------------------------------------------------------------------------------ a run
 
 
+def six_models(flags: list[str]) -> tuple:
+    args = repo_ppo.parse_args(flags)
+    policy, reference = ppo.policy_and_reference(args)
+    critics, score_models = zip(*(ppo.critic_and_score_model(kind, args) for kind in ("reward", "cost")))
+    return policy, reference, *score_models, *critics
+
+
 def test_six_models_are_three_and_a_critic_of_another_start_is_apart(folder, monkeypatch):
     monkeypatch.chdir(folder)
     flags = [*RUNS["repo_ppo.py"].split(), *LORA, "--cost-critic", "start/llama/policy", "--dtype", "bf16"]
     read = []  # with a float32 copy first, a 7B base would need 27 GB of host memory
     real = loading.read
     monkeypatch.setattr(loading, "read", lambda *args: read.append(args[3]) or real(*args))
-    models = repo_ppo.six_models(repo_ppo.parse_args([*flags, "--output-dir", "none"]))
+    models = six_models([*flags, "--output-dir", "none"])
     assert read == [torch.bfloat16] * 4  # policy, reward model and critic in one, cost model, cost critic
     policy, reference, reward_model, cost_model, reward_critic, cost_critic = models
     assert reference.model is policy and reward_model.model is reward_critic
@@ -190,23 +197,22 @@ def test_six_models_are_three_and_a_critic_of_another_start_is_apart(folder, mon
         assert kept == {torch.bfloat16} and {p.dtype for p in trained.values()} == {torch.float32}
     flags = ["start/llama/cost" if flag == "start/llama/reward" else flag for flag in flags]
     with pytest.raises(InputError, match="a cost model, and a reward model is needed"):
-        repo_ppo.six_models(repo_ppo.parse_args([*flags, "--output-dir", "none"]))
+        six_models([*flags, "--output-dir", "none"])
 
 
-def test_of_two_cost_models_the_larger_cost_counts(folder, monkeypatch, tmp_path):
+def test_of_two_cost_models_the_larger_cost_counts(folder, monkeypatch, tmp_path, run_in):
     monkeypatch.chdir(folder)
     other = load_score_model("start/llama/policy", "cost", new_head=True)
     other.score_head.weight.data.neg_()
     save_score_model(other, other.state_dict(), str(tmp_path / "cost"))
-    costs = [
-        load_score_model(path, "cost")(IDS, ONES) for path in ("start/llama/cost", str(tmp_path / "cost"))
-    ]
-    flags = [*RUNS["repo_ppo.py"].split(), "--second-cost-model", f"{tmp_path}/cost", "--output-dir", "none"]
-    for more in ([], LORA):
-        models = repo_ppo.six_models(repo_ppo.parse_args([*flags, *more]))
-        with torch.no_grad():
-            assert torch.equal(models[3](IDS, ONES), torch.maximum(*costs))
-    assert 0 < (costs[0] > costs[1]).float().mean() < 1
+    flags, costs = [*RUNS["repo_ppo.py"].split(), "--lr", "0", "--critic-lr", "0", "--sample-every", "1"], {}
+    models = {"one": "start/llama/cost", "other": f"{tmp_path}/cost"}
+    for name, given in (*((k, ["--cost-model", v]) for k, v in models.items()), ("both", [])):
+        more = given or ["--second-cost-model", models["other"]]
+        assert run_in(folder, "repo_ppo.py", *flags, *more, "--output-dir", tmp_path / name)[0] == 0
+        costs[name] = torch.tensor([row["cost"] for row in read_jsonl(f"{tmp_path}/{name}/samples.jsonl")])
+    assert torch.equal(costs["both"], torch.maximum(costs["one"], costs["other"]))
+    assert not torch.equal(costs["both"], costs["one"]) and not torch.equal(costs["both"], costs["other"])
 
 
 LORA = "--lora-rank 4 --lora-alpha 8 --lr 1e-2".split()

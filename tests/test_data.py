@@ -206,18 +206,20 @@ def test_a_micro_batch_is_as_wide_as_its_own_longest_row_and_rejoins_in_the_old_
     batch["reward_ids"] = torch.tensor([[9] * n + [0] * (6 - n) for n in (1, 2, 6, 3, 5)])
     batch["reward_attention_mask"] = (batch["reward_ids"] > 0).long()
     pieces = lm.micro_batches(batch, 2)
-    assert [rows for rows, *_ in pieces] == [[3, 2], [1, 0], [4]]  # 10, 9, 5, 3 and 3 tokens
-    shapes = [(width, part["mask"].shape[1], part["reward_ids"].shape[1]) for _, width, part in pieces]
+    assert [part["rows"] for part in pieces] == [[3, 2], [1, 0], [4]]  # 10, 9, 5, 3 and 3 tokens
+    shapes = [(part["prompt_width"], part["mask"].shape[1], part["reward_ids"].shape[1]) for part in pieces]
     assert shapes == [(4, 7, 6), (4, 2, 2), (3, 1, 5)]
-    for rows, width, part in pieces:
+    assert [part["share"] for part in pieces] == [2 / 5, 2 / 5, 1 / 5]
+    for part in pieces:
+        rows, width = part["rows"], part["prompt_width"]
         assert part["names"] == [batch["names"][row] for row in rows]
         assert torch.equal(part["sequences"].sum(1), batch["sequences"][rows].sum(1))  # nothing is cut away
         assert torch.equal(part["sequences"][:, width:], (part["values"] * 2).long())
     for name in ("values", "reward"):
-        parts = [part[name] for *_, part in pieces]
+        parts = [part[name] for part in pieces]
         assert torch.equal(lm.rejoin(parts, pieces, batch["mask"]), batch[name])
-    ((rows, width, part),) = lm.micro_batches(batch, 5)
-    assert rows == [0, 1, 2, 3, 4] and width == 4 and part["mask"].shape == (5, 7)
+    (part,) = lm.micro_batches(batch, 5)
+    assert part["rows"] == [0, 1, 2, 3, 4] and part["prompt_width"] == 4 and part["mask"].shape == (5, 7)
 
 
 def test_retokenize_speaks_the_other_models_language(toy_tokenizer):

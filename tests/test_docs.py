@@ -324,7 +324,7 @@ def test_the_third_constraint_is_safe_rlhf_at_one_end_and_has_a_tail_at_the_othe
     reward_adv, cost_adv = torch.tensor([[5.0, 2.0, 3.0, 4.0], [-1.0, 0.0, 1.0, 2.0]])[..., None]
     everything = tail.tail_advantages(reward_adv, cost_adv, 2.0, cost, 0.0)
     assert torch.equal(everything, safe_rlhf_ppo.lagrangian_advantages(reward_adv, cost_adv, 2.0))
-    assert tail.tail_violation(cost, 0.5, 0.0) == safe_rlhf_ppo.expected_violation(cost.tolist(), 0.5) == 0.0
+    assert tail.tail_violation(cost, 0.5, 0.0) == safe_rlhf_ppo.expected_violation(cost, 0.5) == 0.0
     worst = tail.tail_advantages(reward_adv, cost_adv, 2.0, cost, 0.5)
     assert worst[:, 0].tolist() == [5.0, 2.0, pytest.approx((3 - 2 * 1) / 3), pytest.approx((4 - 2 * 2) / 3)]
     assert tail.tail_violation(cost, 0.5, 0.5) == 2.5  # (2 + 4) / 2 - 0.5

@@ -112,7 +112,7 @@ def test_a_multiplier_of_zero_stays_zero():
 
 def test_safe_rlhf_is_driven_by_the_mean_and_repo_by_the_rectified_mean():
     costs = [-9.0, 3.0, 2.0]  # safe on average, paid for by the first
-    assert ppo.expected_violation(costs, 0.0) == pytest.approx(-4 / 3)
+    assert ppo.expected_violation(T(costs), 0.0) == pytest.approx(-4 / 3)
     assert repo_ppo.rectified_violation(T(costs), 0.0) == pytest.approx(5 / 3)
     assert repo_ppo.rectified_violation(T([-9.0, -0.1, 0.0]), 0.0) == 0
     assert repo_ppo.rectified_violation(T(costs), 2.5) == pytest.approx(0.5 / 3)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import cost_model
+import lm
 import repo_ppo
 import reward_model
 import safe_rlhf_ppo as ppo
@@ -123,12 +124,12 @@ def test_multiplier(case):
     """Deliberate differences: lambda moves once per rollout here and once per optimizer step there (so
     the case is replayed step by step), and there is no delay of the first updates (replayed as lr 0)."""
     p = case.params
-    window, log_lambda, previous = ppo.deque(maxlen=p["window_size"]), T(math.log(p["lambda_init"])), None
+    window, log_lambda, previous = [], T(math.log(p["lambda_init"])), None
     for k, (batch, global_step) in enumerate(zip(case.outputs["batch"], case.outputs["global_step"])):
         if batch != previous:
-            window.extend(case.inputs["episode_costs"][batch])
+            window = [*window, *case.inputs["episode_costs"][batch]][-p["window_size"] :]
             previous = batch
-        violation = ppo.expected_violation(window, p["threshold"])
+        violation = ppo.expected_violation(T(window), p["threshold"])
         agree(violation + p["threshold"], case.outputs["window_mean_cost"][k])
         lr = p["lambda_lr"] if global_step >= p["lambda_update_delay_steps"] else 0.0
         log_lambda = ppo.multiplier_step(log_lambda, T(violation), lr, p["lambda_max"])
@@ -261,8 +262,8 @@ class Given(nn.Module):
 
 @pytest.mark.parametrize("case", cases("10_rl_step"))
 def test_whole_updates(case):
-    """score, shape_rewards, gae, the multiplier, the advantages and update() of safe_rlhf_ppo.py on
-    the case's trajectories. lambda moves before each update, as in the case."""
+    """shape_rewards, gae, the multiplier, the advantages and the updates of safe_rlhf_ppo.py on the case's
+    trajectories. lambda moves before each update, as in the case."""
     p, i = SimpleNamespace(**case.params), case.inputs
     lagrangian, shaping = p.algorithm == "ppo_lag", p.algorithm == "ppo_reward_shaping"
     names = ("actor_table", "ref_table", "reward_critic_table", "cost_critic_table")
@@ -272,12 +273,10 @@ def test_whole_updates(case):
         "reward_critic": torch.optim.SGD(reward_critic.parameters(), p.critic_sgd_lr),
         "cost_critic": torch.optim.SGD(cost_critic.parameters(), p.critic_sgd_lr),
     }
-    clips = {"clip": p.clip_range_ratio, "value_clip": p.clip_range_value, "grad_clip": math.inf}
-    args = SimpleNamespace(micro_batch_size=3, temperature=1.0, ptx_coeff=0.0, **clips)
     gradients = []
     policy.table.register_hook(lambda grad: gradients.append(grad))
     log_lambda = T(math.log(getattr(p, "lambda_init", 1.0)), dtype=torch.float64)
-    window, steps = ppo.deque(maxlen=getattr(p, "episode_cost_window_size", 1)), iter(case.outputs["steps"])
+    window, kept, steps = [], getattr(p, "episode_cost_window_size", 1), iter(case.outputs["steps"])
 
     for k, updates in enumerate(p.updates_per_rollout):
         sequences, want = T(i["sequences"][k]), case.outputs["rollouts"][k]
@@ -285,14 +284,16 @@ def test_whole_updates(case):
         width = p.start + 1
         mask = attention_mask[:, width:]
         with torch.no_grad():
-            log_probs = ppo.token_log_probs(policy, sequences, attention_mask, width)
+            log_probs = lm.token_log_probs(policy, sequences, attention_mask, width)
         rollout = {"sequences": sequences, "attention_mask": attention_mask}
         rollout |= {"mask": mask, "log_probs": log_probs}
         for name in ("reward", "cost"):
             rollout |= {f"{name}_ids": sequences, f"{name}_attention_mask": attention_mask}
-        whole = SimpleNamespace(**vars(args) | {"micro_batch_size": len(sequences)})
-        given = Given(T(i["reward"][k])), Given(T(i["cost"][k]))
-        ppo.score(rollout, reference, *given, reward_critic, cost_critic, whole)
+        size = len(sequences)
+        rollout["ref_log_probs"] = lm.in_pieces(lm.response_log_probs, reference, rollout, size, 1.0)
+        for name, critic in (("reward", reward_critic), ("cost", cost_critic)):
+            rollout[name] = lm.in_pieces(lm.response_scores, Given(T(i[name][k])), rollout, size, name)
+            rollout[f"{name}_values"] = lm.in_pieces(lm.state_values, critic, rollout, size)
         for name in ("log_probs", "ref_log_probs", "reward_values", "cost_values"):
             if name in want:
                 agree(rollout[name][mask.bool()], T(want[name])[:, p.start :][mask.bool()].tolist())
@@ -310,19 +311,23 @@ def test_whole_updates(case):
         reward_adv, rollout["reward_returns"] = ppo.gae(reward_values, token_rewards, mask, *decay)
         cost_adv, rollout["cost_returns"] = ppo.gae(cost_values, token_costs, mask, *decay)
         kl = ((log_probs - rollout["ref_log_probs"]) * mask).sum(-1).mean()
-        window.extend(cost.tolist())
+        window = [*window, *cost.tolist()][-kept:]
         for _ in range(updates):
             step = next(steps)
             lam = 0.0
             if lagrangian:
-                violation = ppo.expected_violation(window, p.threshold)
+                violation = ppo.expected_violation(T(window), p.threshold)
                 log_lambda = ppo.multiplier_step(log_lambda, violation, p.lambda_lr, p.lambda_max)
                 lam = log_lambda.exp().item()
                 agree(lam, step["metrics"]["lambda"])
-                agree(ppo.expected_violation(window, 0.0), step["metrics"]["episode_cost"])
+                agree(ppo.expected_violation(T(window), 0.0), step["metrics"]["episode_cost"])
             rollout["advantages"] = ppo.lagrangian_advantages(reward_adv, cost_adv, lam)
             gradients.clear()
-            metrics = ppo.update(policy, reward_critic, cost_critic, optimizers, rollout, [], args)
+            pieces, clips = lm.micro_batches(rollout, 3), (p.clip_range_ratio, 0.0, math.inf)
+            metrics = ppo.update_policy(policy, optimizers["policy"], pieces, [], 1.0, *clips)
+            for name, critic in (("reward", reward_critic), ("cost", cost_critic)):
+                own = critic, optimizers[f"{name}_critic"], pieces, name, p.clip_range_value, math.inf
+                metrics |= ppo.update_critic(*own)
 
             agree(sum(gradients), step["actor_grad"])
             agree(policy.table, step["actor_table"])

@@ -1,4 +1,4 @@
-"""update() and score() of the PPO scripts on tiny models: what moves, and what must not matter."""
+"""The updates and the scoring of the PPO scripts on tiny models: what moves, and what must not matter."""
 
 import math
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-import repo_ppo
+import lm
 import safe_rlhf_ppo as ppo
 from cost_model import batch_loss as cost_batch_loss
 from lm import ScoreModel, response_mask
@@ -19,8 +19,6 @@ B, P, R, V = 7, 4, 6, 20
 SIZES = {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40}
 DROPOUTS = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
 CONFIG = GPT2Config(**SIZES, **DROPOUTS, bos_token_id=None, eos_token_id=1, pad_token_id=0)
-ARGS = {"micro_batch_size": B, "temperature": 1.0, "clip": 0.2, "value_clip": 5.0}
-ARGS = SimpleNamespace(**ARGS, grad_clip=math.inf, ptx_coeff=0.5)
 
 
 def models():
@@ -56,11 +54,20 @@ def minibatch(extra: int = 0) -> dict:
     return batch
 
 
-def gradients(batch: dict, ptx=(), **changes) -> list[torch.Tensor]:
+def update(policy, reward_critic, cost_critic, optimizers: dict, batch: dict, ptx=(), size=B) -> dict:
+    """A whole update of a minibatch, as in phase 6."""
+    pieces, critics = lm.micro_batches(batch, size), {"reward": reward_critic, "cost": cost_critic}
+    logged = ppo.update_policy(policy, optimizers["policy"], pieces, list(ptx), 1.0, 0.2, 0.5, math.inf)
+    for name, critic in critics.items():
+        logged |= ppo.update_critic(critic, optimizers[f"{name}_critic"], pieces, name, 5.0, math.inf)
+    return logged
+
+
+def gradients(batch: dict, ptx=(), size: int = B) -> list[torch.Tensor]:
     *trained, optimizers = models()
     parameters = [p for model in trained for p in model.parameters()]
     before = [p.detach().clone() for p in parameters]
-    ppo.update(*trained, optimizers, batch, list(ptx), SimpleNamespace(**vars(ARGS) | changes))
+    update(*trained, optimizers, batch, ptx, size)
     return [a - b.detach() for a, b in zip(before, parameters)]
 
 
@@ -71,7 +78,7 @@ def same(a, b) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_add_up_to_the_minibatch(size):
-    same(gradients(minibatch(), micro_batch_size=size), gradients(minibatch()))
+    same(gradients(minibatch(), size=size), gradients(minibatch()))
 
 
 def test_batch_order_does_not_matter():
@@ -103,7 +110,7 @@ def test_ptx_is_weighted_cross_entropy():
     batch = minibatch()
     batch["advantages"] = torch.zeros_like(batch["advantages"])  # PTX alone
     ptx = [(batch["sequences"], batch["attention_mask"], P)]
-    loss = -0.5 * ppo.masked_mean(ppo.token_log_probs(policy, *ptx[0]), batch["mask"])
+    loss = -0.5 * ppo.masked_mean(lm.token_log_probs(policy, *ptx[0]), batch["mask"])
     want = torch.autograd.grad(loss, list(policy.parameters()))
     same(gradients(batch, ptx)[: len(want)], want)
 
@@ -120,7 +127,7 @@ def test_an_empty_response_leaves_everything_finite():
     batch, (*trained, optimizers) = minibatch(), models()
     batch["mask"][2] = batch["attention_mask"][2, P:] = 0
     ptx = [(batch["sequences"], batch["attention_mask"], P)]
-    logged = ppo.update(*trained, optimizers, batch, ptx, ARGS)
+    logged = update(*trained, optimizers, batch, ptx)
     assert all(math.isfinite(value) for value in logged.values()), logged
     assert all(p.isfinite().all() for model in trained for p in model.parameters())
 
@@ -131,17 +138,19 @@ def test_scores_are_taken_before_the_token_in_the_response_frame():
     batch = minibatch()
     for name in ("reward", "cost"):
         batch |= {f"{name}_ids": batch["sequences"], f"{name}_attention_mask": batch["attention_mask"]}
-    scores = (reward_critic, cost_critic)  # any score models will do
-    whole, pieces, changed = dict(batch), dict(batch), {k: v.clone() for k, v in batch.items()}
-    ppo.score(whole, policy, *scores, reward_critic, cost_critic, ARGS)
-    small = SimpleNamespace(**vars(ARGS) | {"micro_batch_size": 3})
-    repo_ppo.score(pieces, policy, *scores, reward_critic, cost_critic, small)
-    for name in ("ref_log_probs", "reward", "cost", "reward_values", "cost_values"):
-        torch.testing.assert_close(whole[name], pieces[name])
-        assert len(whole[name]) == B
+
+    def scored(batch: dict, size: int) -> tuple:
+        return (
+            lm.in_pieces(lm.response_log_probs, policy, batch, size, 1.0),
+            lm.in_pieces(lm.response_scores, cost_critic, batch, size, "cost"),  # any score model will do
+            lm.in_pieces(lm.state_values, reward_critic, batch, size),
+        )
+
+    whole, changed = scored(batch, B), {k: v.clone() for k, v in batch.items()}
+    same(scored(batch, 3), whole)
+    assert [tuple(x.shape) for x in whole] == [(B, R), (B,), (B, R)]
     changed["sequences"][0, P + 2] = 9  # the third token of the first response
-    ppo.score(changed, policy, *scores, reward_critic, cost_critic, ARGS)
-    moved = (changed["reward_values"][0] - whole["reward_values"][0]).abs() > 1e-9
+    moved = (scored(changed, B)[2][0] - whole[2][0]).abs() > 1e-9
     assert moved.tolist() == [False, False, False, True, True, True]
 
 
