@@ -153,8 +153,8 @@ def points(x: float, y: float) -> float:
 
 
 def read_verdict(reply: str | None) -> str | None:
-    """'1', '2' or 'tie' from the last line, None if that is no verdict: one further up may be a quotation. Nor
-    is it one right below another: that is the list of possible verdicts, which ends the judge's instructions."""
+    """'1', '2' or 'tie' from the last line, None if that is no verdict: one further up may be a quotation,
+    and one right below another ends the list of possible verdicts in the judge's instructions."""
     lines = [line for line in (reply or "").splitlines() if line.strip()]
     found = [re.fullmatch(r"\W*verdict\W+(1|2|tie)\W*", line, re.IGNORECASE) for line in lines[-2:]]
     return found[-1][1].lower() if found and found[-1] and not any(found[:-1]) else None
@@ -178,9 +178,7 @@ class Endpoint:
                 if field not in self.templates[aspect]:
                     raise InputError(f"{path}: has no {field}")
             if read_verdict(self.templates[aspect]):
-                raise InputError(
-                    f"{path}: ends in a verdict, so a judge that repeats it would have given one"
-                )
+                raise InputError(f"{path}: ends in a verdict, which a judge that repeats it would give")
         rows = []
         if os.path.exists(self.path) and os.path.getsize(self.path):
             rows = read_jsonl(self.path, JUDGEMENT)
@@ -234,9 +232,7 @@ class Endpoint:
                 raise InputError(f"--judge-url {self.args.judge_url}: {reason(error)} ({kept})") from None
             row = {"key": self.key(question), "model": self.args.judge_model, "question": question}
             row |= {"version": self.args.judge_version, "reply": reply}
-            if wrong := schema_error(
-                row, JUDGEMENT
-            ):  # a row that could not be read would stop every later run
+            if wrong := schema_error(row, JUDGEMENT):  # else it would stop every later run
                 raise InputError(f"--judge-url {self.args.judge_url}: {wrong}; nothing of it is kept")
             self.replies[row["key"]] = reply
             try:
