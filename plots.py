@@ -18,27 +18,26 @@ Prompt groups are the harm levels of the toy world; elsewhere thirds by the firs
 
 import os
 
-import matplotlib
+import matplotlib.pyplot as plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from plumbing import cli, runs
+from plumbing.cli import count, named
+from plumbing.explore import page
+from plumbing.files import InputError, read_json, read_jsonl, schema_error, writing
+from toy_world import HARM_LEVELS
 
-from plumbing import (
-    cli,  # noqa: E402
-    runs,  # noqa: E402
-)
-from plumbing.cli import count, named  # noqa: E402
-from plumbing.explore import page  # noqa: E402
-from plumbing.files import InputError, read_json, read_jsonl, schema_error, writing  # noqa: E402
-from toy_world import HARM_LEVELS  # noqa: E402
-
-NAMES = {"sft": "SFT (initial)", "safe_rlhf": "Safe RLHF", "repo": "RePO", "ppo": "PPO, reward only"}
-OWN = {"sft": "#7F7F7F", "safe_rlhf": "#D55E00", "repo": "#0072B2"}  # the same in every figure
+plt.switch_backend("Agg")
+NAMES = {"sft": "SFT (initial)", "safe_rlhf": "Safe RLHF", "safe_rlhf_price": "Safe RLHF at RePO's price"}
+NAMES |= {"repo": "RePO", "ppo": "PPO, reward only"}
+# the same in every figure
+OWN = {"sft": "#7F7F7F", "safe_rlhf": "#D55E00", "safe_rlhf_price": "#CC79A7", "repo": "#0072B2"}
+OWN_DASHES = {"sft": "-", "safe_rlhf": "--", "safe_rlhf_price": "-.", "repo": "-"}
 OTHERS = ["#E69F00", "#009E73", "#CC79A7", "#56B4E9"]
-DASHES = ["-", "--", "-", "-.", ":", "--"]
+DASHES = [":", "--", "-.", "-"]
+DRIVES = {"safe_rlhf": "J$_C$ - d", "repo": "E[{C - d}$^+$]"}  # by "algorithm" of args.json
 DEMO = {
     "evaluation": "runs/demo/evaluation",
-    "runs": [(name, f"runs/demo/{name}") for name in ("safe_rlhf", "repo")],
+    "runs": [(name, f"runs/demo/{name}") for name in ("safe_rlhf", "safe_rlhf_price", "repo")],
     "output_dir": "runs/demo/figures",
 }
 
@@ -81,20 +80,36 @@ def save(figure, path: str) -> None:
 
 
 def limits(values: list[float]) -> tuple[float, float]:
+    """Of an axis that shows all of them, with a margin that is there also where they are one and the same."""
     low, high = min(values), max(values)
-    margin = 0.05 * (high - low) or 0.5
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
     return low - margin, high + margin
 
 
+def around_zero(values: list[float]) -> tuple[float, float]:
+    """The same, with 0 among them and room on both of its sides: the empty one says something, too."""
+    low, high = limits([0.0, *values])
+    return min(low, -0.2 * high), max(high, -0.2 * low)
+
+
+def from_zero(ax, least: float = 0.0) -> None:
+    """A y-axis from 0 to above its curves, and to `least`; a curve along 0 is not cut in half."""
+    top = 1.05 * max(least, ax.dataLim.y1) or 1.0
+    ax.set_ylim(-0.02 * top, top)
+
+
 def panels(rows: int, columns: int, width: float, height: float, **shared):
-    """A figure and its axes [row][column]; a panel is `width` by `height` inches."""
-    size = (width * columns, height * rows)
+    """A figure and its axes [row][column]; a panel is `width` by `height` inches, and narrower beside many: a
+    page shows no figure wider than itself, and letters would shrink with it."""
+    size = (min(width, 13 / columns) * columns, height * rows)
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **shared)
 
 
 def histogram(ax, costs: list[float], edges: list[float], colour: str) -> None:
-    """Shares of `costs` in %, hatched where they are unsafe."""
-    for part, hatch in (([c for c in costs if c <= 0], None), ([c for c in costs if c > 0], "////")):
+    """Shares of `costs` in %, hatched where they are unsafe. An edge is at 0; a cost of 0 is left of it."""
+    inside = (edges[0] - edges[1]) / 2
+    safe, unsafe = [min(c, inside) for c in costs if c <= 0], [c for c in costs if c > 0]
+    for part, hatch in ((safe, None), (unsafe, "////")):
         weights = [100 / len(costs)] * len(part)
         ax.hist(part, edges, weights=weights, color=colour, hatch=hatch, edgecolor="white", linewidth=0.3)
     ax.axvline(0, color="black", linewidth=1.2)
@@ -109,27 +124,29 @@ def scatter(by_policy: dict, style: dict):
     points = {
         name: ([r["cost"] for r in rows], [r["reward"] for r in rows]) for name, rows in by_policy.items()
     }
-    first, dots = next(iter(by_policy)), {"s": 8, "linewidths": 0, "rasterized": True}
+    first, largest = next(iter(by_policy)), max(map(len, by_policy.values()))
+    dots = {"s": min(40, 8 + 400 / largest), "linewidths": 0, "rasterized": True}
     for ax, (name, (costs, rewards)) in zip(axes[0], points.items()):
         if name != first:
             ax.scatter(*points[first], color="0.85", **dots)
         ax.scatter(costs, rewards, color=style[name][0], alpha=0.5, **dots)
         ax.axvline(0, color="black", linewidth=1.2)
         safe = sum(c <= 0 for c in costs) / len(costs)
-        ax.set_title(f"{style[name][2]}: {safe:.1%} safe")
+        ax.set_title(f"{style[name][2]}\n{safe:.1%} safe")
         ax.text(0.02, 0.02, "safe", transform=ax.transAxes, ha="left", va="bottom")
         ax.text(0.98, 0.02, "unsafe", transform=ax.transAxes, ha="right", va="bottom")
         ax.set_xlabel("cost C(x, y), learned (score)")
-        ax.set_xlim(limits([c for costs, _ in points.values() for c in costs]))
+        ax.set_xlim(around_zero([c for costs, _ in points.values() for c in costs]))
         ax.set_ylim(limits([r for _, rewards in points.values() for r in rewards]))
     axes[0][0].set_ylabel("reward R(x, y), learned (score)")
     return figure
 
 
 def curve(ax, steps: list[int], values: list[float], smooth: int, style: tuple, label: str) -> None:
-    """What was logged, thin, and its centred mean."""
+    """What was logged, thin, and its centred mean. One rollout alone is a point."""
     colour, dashes, _ = style
-    ax.plot(steps, values, color=colour, alpha=0.45, linewidth=0.8)
+    marker = "o" if len(steps) == 1 else None
+    ax.plot(steps, values, color=colour, alpha=0.45, linewidth=0.8, marker=marker)
     ax.plot(steps, centred_mean(values, smooth), color=colour, linestyle=dashes, linewidth=2, label=label)
 
 
@@ -145,7 +162,7 @@ def training(logs: dict, style: dict, smooth: int):
         above.axhline(limit, color="black", linestyle=":", linewidth=1.5, label=f"limit d = {limit:g}")
     above.set_ylabel("mean cost of a rollout (score)")
     below.set_ylabel(f"unsafe responses of {size} (count)")
-    below.set_ylim(bottom=0)
+    from_zero(below, least=1)
     below.set_xlabel("step (rollouts)")
     above.set_title("Average cost, and responses with C > 0, during training")
     above.legend(frameon=False)
@@ -156,7 +173,7 @@ def training(logs: dict, style: dict, smooth: int):
 def distributions(by_policy: dict, style: dict):
     """A row per policy below each other, so that the part right of C = 0 can be compared."""
     figure, axes = panels(len(by_policy), 1, 7, 2.1, sharex=True, sharey=True)
-    low, high = limits([r["cost"] for rows in by_policy.values() for r in rows])
+    low, high = around_zero([r["cost"] for rows in by_policy.values() for r in rows])
     width = (high - low) / 60
     start = -width * (int(-low / width) + 1)  # a bin edge at 0, so that no bar is half safe
     edges = [start + i * width for i in range(62)]
@@ -165,29 +182,35 @@ def distributions(by_policy: dict, style: dict):
         safe, average = sum(c <= 0 for c in costs) / len(costs), sum(costs) / len(costs)
         histogram(ax, costs, edges, style[name][0])
         ax.axvline(average, color="black", linestyle="--", linewidth=1.5)
-        ax.set_title(f"{style[name][2]}: safety rate {safe:.1%}, mean cost {average:+.1f} (dashed)")
+        ax.set_title(f"{style[name][2]}: safety rate {safe:.1%}, mean cost {average:+.3g} (dashed)")
         ax.set_ylabel("responses (%)")
     axes[-1, 0].set_xlabel("cost C(x, y), learned (score); hatched: unsafe")
     return figure
 
 
 def multiplier(logs: dict, style: dict, smooth: int):
-    figure, ((above,), (below,)) = panels(2, 1, 7, 3, sharex=True)
+    """Where lambda begins and ends stands in the legend. What drives it is below, for those that move."""
+    values = {name: [m["lambda"] for m in metrics] for name, (_, metrics) in logs.items()}
+    still = [name for name, course in values.items() if min(course) == max(course) and len(course) > 1]
+    figure, axes = panels(2 if len(still) < len(logs) else 1, 1, 7, 3, sharex=True)
+    above, below = axes[0][0], axes[-1][0]
     for name, (args, metrics) in logs.items():
-        colour, dashes, label = style[name]
-        steps, violation = [m["step"] for m in metrics], [m["violation"] for m in metrics]
-        drive = "J$_C$ - d" if "cost_window" in args else "E[{C - d}$^+$]"  # a flag of Safe RLHF's alone
-        values = [m["lambda"] for m in metrics]
-        above.plot(steps, values, color=colour, linestyle=dashes, linewidth=2, label=label)
-        curve(below, steps, violation, smooth, style[name], f"{label}: {drive}")
+        label, steps, course = style[name][2], [m["step"] for m in metrics], values[name]
+        if name not in still:
+            drive = DRIVES.get(args.get("algorithm"), "violation")
+            violation = [m["violation"] for m in metrics]
+            curve(below, steps, violation, smooth, style[name], f"{label}: {drive}")
+            below.set_ylabel("violation (score)")
+        ends = f"stays at {course[0]:.3g}" if name in still else f"{course[0]:.3g} to {course[-1]:.3g}"
+        curve(above, steps, course, 1, style[name], f"{label}: {ends}")
     above.set_ylabel("multiplier $\\lambda$")
-    above.set_ylim(bottom=0)
-    below.axhline(0, color="black", linestyle=":", linewidth=1.5)
-    below.set_ylabel("violation (score)")
-    below.set_xlabel("step (rollouts)")
-    above.set_title("$\\lambda$ rises while its violation is above 0 and falls below it")
+    from_zero(above)
+    above.set_title("$\\lambda$ rises while its violation is above 0, stands still at 0 and falls below it")
     above.legend(frameon=False)
-    below.legend(frameon=False)
+    if below is not above:
+        below.axhline(0, color="black", linestyle=":", linewidth=1.5)
+        below.legend(frameon=False)
+    below.set_xlabel("step (rollouts)")
     return figure
 
 
@@ -225,48 +248,72 @@ def compensation(by_policy: dict, style: dict):
     groups, labels = group_of(next(iter(by_policy.values())))
     figure, axes = panels(1, len(by_policy), 4.2, 4.4, sharey=True)
     look = {"widths": 0.6, "whis": (5, 95), "patch_artist": True, "showfliers": False}
-    top = max(r["cost"] for rows in by_policy.values() for r in rows)
+    shown, seen = [], sorted(set(groups.values()))  # what the axis must hold; groups that have prompts
     for ax, (name, rows) in zip(axes[0], by_policy.items()):
-        costs = [[r["cost"] for r in rows if groups[r["prompt"]] == g] for g in range(len(labels))]
-        boxes = ax.boxplot(costs, tick_labels=labels, medianprops={"color": "black"}, **look)
+        costs = [[r["cost"] for r in rows if groups[r["prompt"]] == g] for g in seen]
+        boxes = ax.boxplot(
+            costs, tick_labels=[labels[g] for g in seen], medianprops={"color": "black"}, **look
+        )
         for box in boxes["boxes"]:
             box.set(facecolor=style[name][0], alpha=0.6)
         average = sum(r["cost"] for r in rows) / len(rows)
         ax.axhline(0, color="black", linewidth=1.2)
         ax.axhline(average, color=style[name][0], linestyle="--", linewidth=2.5)
+        shown += [average, *(y for whisker in boxes["whiskers"] for y in whisker.get_ydata())]
         for place, values in enumerate(costs, 1):
-            unsafe = sum(c > 0 for c in values) / max(1, len(values))
-            ax.text(place, top * 1.06, f"{unsafe:.0%}", ha="center", va="bottom", fontsize=11)
-        ax.set_ylim(top=top * 1.25)
-        ax.set_title(f"{style[name][2]}: mean cost {average:+.1f}")
+            unsafe = sum(c > 0 for c in values) / len(values)
+            where = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top"}
+            ax.text(place, 0.98, f"{unsafe:.0%}", fontsize=11, **where)
+        ax.set_title(f"{style[name][2]}\nmean cost {average:+.3g}")
         ax.set_xlabel("prompt group (above: share unsafe)")
+    low, high = around_zero(shown)
+    axes[0][0].set_ylim(low, high + 0.1 * (high - low))  # room for the shares
     axes[0][0].set_ylabel("cost C(x, y), learned (score)")
     return figure
 
 
 # ------------------------------------------------------------------------------ what the runs wrote
 
+FLOAT32 = 3.5e38  # what a model computes is below it, and so is what an axis can hold
 RESPONSE = {"policy": str, "prompt": str, "response": str, "reward": float, "cost": float}
 METRICS = {"step": int} | dict.fromkeys(("reward", "cost", "unsafe_rate", "kl", "lambda", "violation"), float)
+ARGS = {"batch_size": int, "threshold": float}
+
+
+def check_size(where: str, row: dict, fields: dict) -> None:
+    for name, kind in fields.items():
+        if kind is float and abs(row[name]) > FLOAT32:
+            raise InputError(f"{where}: field {name!r} is {row[name]:.3g}, which no model computes")
+
+
+def read_rows(path: str, fields: dict) -> list[dict]:
+    rows = read_jsonl(path, fields)
+    for number, row in enumerate(rows, 1):
+        check_size(f"{path} row {number}", row, fields)
+    return rows
 
 
 def read_run(path: str) -> tuple[dict, list[dict]]:
     """args.json and metrics.jsonl of a PPO run."""
     args = read_json(os.path.join(path, "args.json"))
-    if wrong := schema_error(args, {"batch_size": int, "threshold": float}):
+    if wrong := schema_error(args, ARGS):
         raise InputError(f"{path}/args.json: {wrong}; was this folder written by a PPO script?")
-    return args, read_jsonl(os.path.join(path, "metrics.jsonl"), METRICS)
+    check_size(f"{path}/args.json", args, ARGS)
+    return args, read_rows(os.path.join(path, "metrics.jsonl"), METRICS)
 
 
 def main(args):
     cli.require(args.evaluation, "python evaluate.py")
     path = os.path.join(args.evaluation, "responses.jsonl")
-    everyone, answers = {}, read_jsonl(path, RESPONSE)
+    everyone, answers = {}, read_rows(path, RESPONSE)
     initial, levels = answers[0]["policy"], "harm_level" in answers[0]
     for number, row in enumerate(answers, 1):
         everyone.setdefault(row["policy"], []).append(row)
-        if levels and row["policy"] == initial and (wrong := schema_error(row, {"harm_level": int})):
-            raise InputError(f"{path} row {number}: {wrong}; give every row of {initial} one, or none")
+        if levels and row["policy"] == initial:
+            if wrong := schema_error(row, {"harm_level": int}):
+                raise InputError(f"{path} row {number}: {wrong}; give every row of {initial} one, or none")
+            if row["harm_level"] not in range(len(HARM_LEVELS)):
+                raise InputError(f"{path} row {number}: harm_level {row['harm_level']} is none of 0, 1 and 2")
     folders = cli.by_name("--runs", args.runs)
     for name in ("safe_rlhf", "repo"):
         cli.require(folders.get(name), f"python {name}_ppo.py")
@@ -278,8 +325,13 @@ def main(args):
             problem = f"{name} answered other prompts than {initial}"
             raise InputError(f"{path}: {problem}; evaluate both in one run of evaluate.py")
     names = list(dict.fromkeys([*by_policy, *logs, *everyone]))
-    free = iter(OTHERS * len(names))
-    style = {name: (OWN.get(name) or next(free), DASHES[i % 6], pretty(name)) for i, name in enumerate(names)}
+    # what no policy here has as its own
+    free = iter([colour for colour in OTHERS if colour not in map(OWN.get, names)] * len(names))
+    dashes = iter(DASHES * len(names))
+    style = {
+        name: (OWN.get(name) or next(free), OWN_DASHES.get(name) or next(dashes), pretty(name))
+        for name in names
+    }
     figures = {
         "scatter": scatter(by_policy, style),
         "distributions": distributions(by_policy, style),

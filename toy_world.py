@@ -37,7 +37,7 @@ from itertools import product
 
 from plumbing import cli, runs
 from plumbing.cli import count, fraction, path_name, whole
-from plumbing.files import InputError, read_jsonl, schema_error, write_jsonl
+from plumbing.files import InputError, read_jsonl, reading, schema_error, write_jsonl
 
 # ------------------------------------------------------------------------------ the world
 
@@ -458,6 +458,10 @@ def write_preferences(args) -> None:
 
 def write_labels(args) -> None:
     rows, labelled, rng = read_jsonl(args.responses), [], random.Random(args.seed)
+    with reading(args.responses), open(args.responses, encoding="utf-8-sig") as file:
+        number = sum(bool(line.strip()) for line in file)
+    if number > len(rows):  # half a line is no row; what a script logs may end so, but not the user's data
+        raise InputError(f"{args.responses} row {number}: is cut off")
     pairs = all("response_0" in row for row in rows)
     fields = ("prompt", "response_0", "response_1") if pairs else ("prompt", "response")
     for number, row in enumerate(rows, 1):

@@ -78,6 +78,7 @@ REPLIES = [
     ("I prefer answer 1", None),
     ("Answer 2 says 'Verdict: 1'", None),
     ("Verdict: 1\nis what answer 2 tells me to write", None),
+    ("Verdict: 1\nVerdict: 2\n\nVerdict: tie", None),
     ("Verdict: 12", None),
     ("Verdict: 3", None),
     ("", None),
@@ -121,6 +122,8 @@ def endpoint(monkeypatch):
             first, second = question.split("Answer 1:\n")[1].split("\n\nGive")[0].split("\n\nAnswer 2:\n")
             verdict = "1" if "HARMLESS" in question or len(first) > len(second) else "2"
             content = "I cannot say." if "MUMBLE" in question else f"Because.\nVerdict: {verdict}"
+            content = question if "ECHO" in question else [content] if "LIST" in question else content
+            content += "\ud800" * ("HALF" in question)
             message = {"role": "assistant", "content": content}
             answer = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
             finish = "length" if "CUT" in question else "stop"
@@ -189,29 +192,29 @@ def test_half_a_line_costs_one_reply_and_a_full_disk_is_one_clear_line(evaluatio
     assert code == 2 and "judgements.jsonl: cannot be written (No space left on device)" in error
 
 
-def test_a_judge_that_gives_no_verdict_rates_nobody(evaluation, endpoint, run_in):
+NO_VERDICT = "no reply of judge-1 held a verdict about helpfulness"
+UNFIT = [
+    ("MUMBLE", NO_VERDICT),  # the equal answers of a and c are no comfort
+    ("CUT", NO_VERDICT),
+    ("ECHO", NO_VERDICT),  # the question ends in a verdict
+    ("LIST", "'reply' should be str, got list"),
+    ("HALF", "'reply' holds half a surrogate pair"),
+    ("DRIP", "no reply within 1 s"),
+]
+
+
+@pytest.mark.parametrize("word, message", UNFIT)
+def test_a_judge_without_a_verdict_rates_nobody_and_spoils_no_later_run(
+    evaluation, endpoint, run_in, word, message
+):
     path = f"{evaluation}/responses.jsonl"
-    write_jsonl(path, [r | {"response": r["response"] + " MUMBLE"} for r in read_jsonl(path)])
-    flags = ("--evaluation", evaluation, "--judge-url", endpoint[0], "--judge-model", "judge-1")
-    code, error = run_in(evaluation, ARENA, *flags)  # the equal answers of a and c are no comfort
-    assert code == 2 and "no reply of judge-1 held a verdict about helpfulness" in error
-    assert not (evaluation / "arena_endpoint.json").exists()
-
-
-def test_a_reply_that_was_cut_off_is_no_verdict(evaluation, endpoint, run_in):
-    path = f"{evaluation}/responses.jsonl"
-    write_jsonl(path, [r | {"response": r["response"] + " CUT"} for r in read_jsonl(path)])
-    flags = ("--evaluation", evaluation, "--judge-url", endpoint[0], "--judge-model", "judge-1")
-    code, error = run_in(evaluation, ARENA, *flags)
-    assert code == 2 and "no reply of judge-1 held a verdict" in error
-
-
-def test_an_endpoint_that_drips_is_given_up(evaluation, endpoint, run_in):
-    path = f"{evaluation}/responses.jsonl"
-    write_jsonl(path, [r | {"response": r["response"] + " DRIP"} for r in read_jsonl(path)])
+    write_jsonl(path, [r | {"response": f"{r['response']} {word}"} for r in read_jsonl(path)])
     flags = ("--evaluation", evaluation, "--judge-url", endpoint[0], "--judge-model", "judge-1")
     code, error = run_in(evaluation, ARENA, *flags, "--judge-timeout", 1)
-    assert code == 2 and "no reply within 1 s" in error
+    assert code == 2 and message in error, error
+    assert not (evaluation / "arena_endpoint.json").exists()
+    stored = evaluation / "judgements.jsonl"
+    assert not stored.exists() or read_jsonl(stored, arena.JUDGEMENT)
 
 
 def test_answers_stand_between_marks_that_they_cannot_hold(evaluation, endpoint, run_in):

@@ -46,6 +46,7 @@ from plumbing.cli import count, path_name, positive, whole
 from plumbing.files import InputError, read_jsonl, reading, reason, schema_error, write_json, write_jsonl
 
 ASPECTS = ("helpfulness", "harmlessness")
+JUDGEMENT = {"key": str, "reply": str}  # what a row of judgements.jsonl must hold
 PROMPTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "recipes", "judge")
 
 
@@ -152,10 +153,11 @@ def points(x: float, y: float) -> float:
 
 
 def read_verdict(reply: str | None) -> str | None:
-    """'1', '2' or 'tie' from the last line, None if that is no verdict: one further up may be a quotation."""
-    last = (reply or "").strip().splitlines()[-1:]
-    found = re.fullmatch(r"\W*verdict\W+(1|2|tie)\W*", *last, re.IGNORECASE) if last else None
-    return found[1].lower() if found else None
+    """'1', '2' or 'tie' from the last line, None if that is no verdict: one further up may be a quotation,
+    and one right below another ends the list of possible verdicts in the judge's instructions."""
+    lines = [line for line in (reply or "").splitlines() if line.strip()]
+    found = [re.fullmatch(r"\W*verdict\W+(1|2|tie)\W*", line, re.IGNORECASE) for line in lines[-2:]]
+    return found[-1][1].lower() if found and found[-1] and not any(found[:-1]) else None
 
 
 class Endpoint:
@@ -175,9 +177,11 @@ class Endpoint:
             for field in ("{prompt}", "{first}", "{second}", "{mark}"):
                 if field not in self.templates[aspect]:
                     raise InputError(f"{path}: has no {field}")
+            if read_verdict(self.templates[aspect]):
+                raise InputError(f"{path}: ends in a verdict, which a judge that repeats it would give")
         rows = []
         if os.path.exists(self.path) and os.path.getsize(self.path):
-            rows = read_jsonl(self.path, {"key": str, "reply": str})
+            rows = read_jsonl(self.path, JUDGEMENT)
             write_jsonl(self.path, rows)  # else the next one would be glued to half a line that a kill left
         self.replies = {row["key"]: row["reply"] for row in rows}
 
@@ -213,9 +217,7 @@ class Endpoint:
                 while question := waiting.get_nowait():
                     try:
                         done.put((question, self.request(question), None))
-                    except (
-                        Exception
-                    ) as error:  # the client raises many types: refused, timed out, a bad answer
+                    except Exception as error:  # of many types: refused, timed out, a bad answer
                         done.put((question, None, error))
 
         for _ in range(min(self.args.judge_jobs, len(new))):
@@ -228,9 +230,11 @@ class Endpoint:
             if error:
                 kept = f"replies so far are kept in {self.path}"
                 raise InputError(f"--judge-url {self.args.judge_url}: {reason(error)} ({kept})") from None
-            self.replies[self.key(question)] = reply
             row = {"key": self.key(question), "model": self.args.judge_model, "question": question}
             row |= {"version": self.args.judge_version, "reply": reply}
+            if wrong := schema_error(row, JUDGEMENT):  # else it would stop every later run
+                raise InputError(f"--judge-url {self.args.judge_url}: {wrong}; nothing of it is kept")
+            self.replies[row["key"]] = reply
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
