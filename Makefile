@@ -15,7 +15,8 @@ SEEDS  ?= 5
 
 PY   := .venv/bin/python
 DATA := $(DEMO)/data
-POLICIES := sft=$(DEMO)/sft/model safe_rlhf=$(DEMO)/safe_rlhf/model repo=$(DEMO)/repo/model
+PPO_RUNS := safe_rlhf safe_rlhf_price repo
+POLICIES := $(foreach name,sft $(PPO_RUNS),$(name)=$(DEMO)/$(name)/model)
 SCORES   := --reward-model $(DEMO)/reward_model/model --cost-model $(DEMO)/cost_model/model
 PPO      := --model $(DEMO)/sft/model $(SCORES) --dataset $(DATA)/prompts_balanced_train.jsonl --ptx-dataset $(DATA)/ptx.jsonl
 # The models are so small that one process cannot use two cores: two stages run side by side instead, one core each.
@@ -43,7 +44,7 @@ study: .venv/installed
 	@$(PY) -m experiments.study run --seeds $(SEEDS) --output-dir $(STUDY)
 	@$(PY) -m experiments.figures --study $(STUDY)/study.json --output-dir $(STUDY)/figures
 	@$(PY) plots.py --evaluation $(STUDY)/seed0/balanced/evaluation --output-dir $(STUDY)/figures/seed0 \
-		--runs $(foreach name,safe_rlhf safe_rlhf_d-4 repo,$(name)=$(STUDY)/seed0/balanced/$(name))
+		--runs $(foreach name,$(PPO_RUNS),$(name)=$(STUDY)/seed0/balanced/$(name))
 
 study-noise: .venv/installed
 	@$(PY) -m experiments.noise --seeds $(SEEDS)
@@ -96,9 +97,14 @@ $(DEMO)/safe_rlhf/model/config.json: $(DEMO)/reward_model/model/config.json $(DE
 $(DEMO)/repo/model/config.json: $(DEMO)/reward_model/model/config.json $(DEMO)/cost_model/model/config.json
 	$(RIGHT) repo_ppo.py --overwrite $(PPO) --output-dir $(DEMO)/repo --seed $(SEED)
 
-$(DEMO)/evaluation/summary.json: $(DEMO)/safe_rlhf/model/config.json $(DEMO)/repo/model/config.json
+# Safe RLHF at RePO's price: lambda fixed where RePO's ended, so that only the constraint differs.
+$(DEMO)/safe_rlhf_price/model/config.json: $(DEMO)/safe_rlhf/model/config.json $(DEMO)/repo/model/config.json
+	$(ALONE) safe_rlhf_ppo.py --overwrite $(PPO) --output-dir $(DEMO)/safe_rlhf_price --seed $(SEED) --lambda-lr 0 \
+		--lambda-init $$(sed -n '$$s/.*"lambda": \([0-9.e-]*\).*/\1/p' $(DEMO)/repo/metrics.jsonl)
+
+$(DEMO)/evaluation/summary.json: $(DEMO)/safe_rlhf_price/model/config.json
 	$(PY) evaluate.py --policies $(POLICIES) $(SCORES) --prompts $(DATA)/prompts_balanced_test.jsonl \
 		--output-dir $(DEMO)/evaluation --seed $(SEED) > /dev/null
 
 $(DEMO)/figures/explore.html: $(DEMO)/evaluation/summary.json
-	$(PY) plots.py --html --evaluation $(DEMO)/evaluation --runs safe_rlhf=$(DEMO)/safe_rlhf repo=$(DEMO)/repo --output-dir $(DEMO)/figures > /dev/null
+	$(PY) plots.py --html --evaluation $(DEMO)/evaluation --runs $(foreach name,$(PPO_RUNS),$(name)=$(DEMO)/$(name)) --output-dir $(DEMO)/figures > /dev/null
