@@ -336,7 +336,8 @@ def ptx_batch(rows: list[tuple], update_index: int, tokenizer, args) -> list[tup
     """The supervised rows that an update also learns from: micro-batches (sequences, attention_mask, P)."""
     if not rows:
         return []
-    indices = rank_rows(batch_indices(len(rows), args.minibatch_size, update_index, args.seed))
+    # another seed: where prompts and rows come in one order, they would be the minibatch's own prompts
+    indices = rank_rows(batch_indices(len(rows), args.minibatch_size, update_index, args.seed + 1))
     encoded = data.encode(tokenizer, [rows[i] for i in indices], args.max_length, args.chat_template)
     encoded, size = lm.by_length(encoded), args.micro_batch_size
     pieces = [encoded[i : i + size] for i in range(0, len(encoded), size)]
@@ -399,6 +400,7 @@ def step_metrics(rollout: dict, updates: list[dict], args) -> dict:
         "response_length": length,
         "truncated_rate": ~ended,
         "empty_rate": ended & (length == 1),
+        "scorer_cut_rate": rollout["scorer_cut"],
     }
     means = {name: value.float().mean().item() for name, value in values.items()}
     return means | {name: float(sum(u[name] for u in updates)) / len(updates) for name in updates[0]}
@@ -465,7 +467,7 @@ def main(args):
         laps.lap("rollout")
 
         # -------------------------------------------------------------- 2 score
-        rollout |= data.scorer_ids(rollout, others, args.chat_template)
+        rollout |= data.scorer_ids(rollout, scorers, others, args.chat_template)
         score(rollout, reference, reward_model, cost_model, reward_critic, cost_critic, args)
         reward, cost, ref_log_probs = rollout["reward"], rollout["cost"], rollout["ref_log_probs"]
         reward_values, cost_values = rollout["reward_values"], rollout["cost_values"]

@@ -268,7 +268,7 @@ def test_every_id_that_ends_a_response_ends_it_and_is_kept(tmp_path, tokenizers)
 
 
 def test_a_sentencepiece_file_alone_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr("models.find_spec", lambda name: None)
+    monkeypatch.setattr("plumbing.loading.find_spec", lambda name: None)
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(data.InputError, match="pip install sentencepiece"):
         load_tokenizer(str(tmp_path))
