@@ -221,9 +221,16 @@ def one(folder):
     return folder
 
 
+SHARDED = ("--fsdp", "--activation-checkpointing")
+
+
 def test_two_processes_and_two_sharded_ones_agree_with_one(one):
-    finish(*launch_ranks(one, "repo_ppo.py", "lora_fsdp", 2, *PPO, "--fsdp", "--activation-checkpointing"))
+    finish(*launch_ranks(one, "repo_ppo.py", "lora_fsdp", 2, *PPO, *SHARDED))
     agree(one, "repo_ppo.py", "lora", "lora_two", "lora_fsdp")
+    again = (*PPO, "--adapter", "runs/repo_ppo.py/lora/adapter")  # and so they do when they go on from there
+    finish(launch(one, "repo_ppo.py", "lora_again", *again))
+    finish(*launch_ranks(one, "repo_ppo.py", "lora_again_fsdp", 2, *again, *SHARDED))
+    agree(one, "repo_ppo.py", "lora_again", "lora_again_fsdp")
 
 
 def test_in_bf16_a_sharded_policy_starts_at_its_reference_bit_for_bit(one):
@@ -426,7 +433,9 @@ BAD = [
     ("", {"r": 0}, "not a plain low-rank adapter: r 0"),
     ("", {"use_rslora": True}, "not a plain low-rank adapter: use_rslora"),
     ("", {"init_lora_weights": "pissa_niter_16"}, "adapter: init_lora_weights pissa_niter_16"),
-    ("", {"peft_type": "IA3"}, "not a plain low-rank adapter: IA3"),
+    ("", {"alora_invocation_tokens": [5, 6]}, "adapter: alora_invocation_tokens [5, 6]"),
+    ("", {"a_field_of_tomorrow": 0.5}, "adapter: a_field_of_tomorrow 0.5"),
+    ("", {"peft_type": "IA3"}, "not a plain low-rank adapter: peft_type IA3"),
     ("", "adapter_config.json", "adapter_config.json: cannot be read"),
     ("", WEIGHTS, f"{WEIGHTS}: cannot be read"),
 ]
