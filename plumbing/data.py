@@ -294,13 +294,21 @@ def tokenize(tokenizer, texts: list[str], chat_template: bool = False) -> list[l
     """The ids of texts that begin with a `marked_prompt`; BOS as the tokenizer has it, never an EOS of its
     own at the end, which some add: a prompt goes on. A chat template writes its special tokens into the text.
     What a user's text spells ("</s>") stays text, and is split like any other."""
-    options = {"return_attention_mask": False, "split_special_tokens": True}
-    if chat_template:
-        twin, own = marked_tokenizer(tokenizer, tuple(special_tokens(tokenizer)))
-        rows = twin(texts, add_special_tokens=False, **options).input_ids
-        rows = [[own.get(i, i) for i in ids] for ids in rows]
-    else:
-        rows = tokenizer(texts, **options).input_ids
+    special = special_tokens(tokenizer)
+    twin, own = marked_tokenizer(tokenizer, tuple(special)) if chat_template else (tokenizer, {})
+    options = {"add_special_tokens": not chat_template, "split_special_tokens": True}
+    read = twin(texts, **options, return_attention_mask=False, return_special_tokens_mask=True)
+    spelled = {i: token for token, i in special.items() if i != tokenizer.unk_token_id}
+
+    def split(i: int) -> list[int]:  # for models whose own vocabulary holds "</s>", as Unigram's may
+        model = tokenizer.backend_tokenizer.model
+        return [piece.id for letter in spelled[i] for piece in model.tokenize(letter)]
+
+    rows = []
+    for ids, by_rule in zip(read.input_ids, read.special_tokens_mask):
+        parts = ([own.get(i, i)] if known or i not in spelled else split(i) for i, known in zip(ids, by_rule))
+        rows.append([i for part in parts for i in part])
+    if not chat_template:
         rows = [ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
     words = getattr(tokenizer, "rows", sys.maxsize)  # of the model's embedding
     if beyond := next((i for ids in rows for i in ids if i >= words), None):
@@ -377,10 +385,6 @@ def description(dataset: str, rows: list, tokenizer, room: int, chat_template: b
     word = tokenizer.unk_token_id
     word = None if word in (tokenizer.bos_token_id, tokenizer.eos_token_id) else word  # one id for two things
     unknown = sum(own.count(word) for own in ids) / max(1, sum(lengths))
-    (empty,) = encode_texts(tokenizer, [("", "")], chat_template=chat_template)
-    special = set(special_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
-    of_template = sum(i in special for i in empty[:-1])
-    spelled = sum(sum(i in special for i in own) > of_template for own in ids) / len(ids)
     pairs = zip(ids[::2], ids[1::2]) if isinstance(rows[0], tuple) and len(rows[0]) > 2 else ()
     alike = sum(a[: room + 1] == b[: room + 1] for a, b in pairs) / len(seen)
     spanned = sum(begin < len(own) for (_, begin), own in zip(encoded, prompts)) / len(ids)
@@ -390,7 +394,6 @@ def description(dataset: str, rows: list, tokenizer, room: int, chat_template: b
     line += f", {cut:.1%} cut by --max-length, {unknown:.1%} unknown"
     line += f", {alike:.1%} of the pairs alike after the cut" * (alike > 0)
     line += f", {spanned:.1%} with a token across prompt and response" * (spanned > 0)
-    line += f", {spelled:.1%} spell a special token that cannot be split" * (spelled > 0)
     return line + ". Warning: is this the right tokenizer?" * (unknown > 0.01)
 
 

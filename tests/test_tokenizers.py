@@ -359,23 +359,17 @@ def test_ids_are_those_of_tokenizer_json(tokenizers, tmp_path, kind):
 
 
 def test_what_a_user_spells_is_text(tokenizers):
-    for kind in KINDS[:3]:
+    for kind in KINDS:
         tokenizer = chatty(tokenizers[kind])
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         texts = ("The tag </s> ends <|im_end|> a strike", " and </s>")
         for chat, last in ((False, 1), (True, end)):
             pair = [texts, ("The tag", " and")]
             (ids, begin), (plain, _) = data.encode(tokenizer, pair, 999, chat)
-            special = set(tokenizer.all_special_ids)
+            special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
             assert [i for i in ids if i in special] == [i for i in plain if i in special] and ids[-1] == last
-            assert data.decode_responses(tokenizer, [ids[:begin]], [ids[begin:-1]]) == [" and </s>"]
-
-
-def test_a_special_token_that_cannot_be_split_is_told(toy_tokenizer, capsys):
-    args = SimpleNamespace(max_length=48, chat_template=False, skip_bad_rows=False)
-    rows = [("open a lock", "turn </s> keys"), ("open a lock", "oil")]
-    data.keep_fitting("x", rows, toy_tokenizer, 47, args)
-    assert "50.0% spell a special token that cannot be split" in capsys.readouterr().err
+            said = data.decode_responses(tokenizer, [ids[:begin]], [ids[begin:-1]])
+            assert said == [" and </s>"] or kind == "toy"  # which has no such letters
 
 
 def test_a_saved_model_stops_where_training_stopped(tokenizers, tmp_path):
