@@ -33,6 +33,7 @@ from lm import end_scores, generate, is_end, pad, response_mask
 from plumbing import cli, runs
 from plumbing.cli import count, finite, named, nonnegative, share
 from plumbing.data import (
+    close,
     decode_responses,
     encode_prompts,
     end_id,
@@ -140,6 +141,7 @@ def summarize(rows: list[dict]) -> dict:
     summary |= {"responses_per_prompt": min(Counter(r["prompt"] for r in rows).values())}
     summary |= means(rows, "reward", "cost") | safety(rows, "cost") | means(rows, "response_length")
     summary["truncated_rate"] = mean(r["truncated"] for r in rows)
+    summary["scorer_cut_rate"] = mean(r.get("scorer_cut", False) for r in rows)
     if "true_cost" not in rows[0]:
         return summary
     summary |= means(rows, "true_reward", "true_cost") | safety(rows, "true_cost", "true_")
@@ -285,17 +287,18 @@ def add_scores(answers: dict[str, dict], key: str, folder: str, args) -> None:
         starts = range(0, len(own["rows"]), size)
         for start in runs.progress(starts, desc=f"{key} of {name}", disable=rank() > 0):
             rows, ids = own["rows"][start : start + size], own["ids"][start : start + size]
+            ended = torch.tensor([not row["truncated"] for row in rows])
             if same:
                 ids, mask = pad([a + b for a, b in ids], tokenizer.pad_token_id, side="right")
             else:
                 prompts, texts = ([row[key] for row in rows] for key in ("prompt", "response"))
-                ended = [not row["truncated"] for row in rows]
                 ids, mask = retokenize(prompts, texts, ended, tokenizer, args.chat_template)
+            ids, mask, cut = close(ids, mask, ended, tokenizer, args.chat_template)
             ids, mask = ids.to(device()), mask.to(device())
             scores = end_scores(model(ids, mask), mask)
             check_finite(f"{folder}, answers of {name} from {start}", **{key: scores})
-            for row, value in zip(rows, scores.tolist()):
-                row[key] = value
+            for row, value, over in zip(rows, scores.tolist(), cut.tolist()):
+                row |= {key: value, "scorer_cut": over or row.get("scorer_cut", False)}
 
 
 def main(args):

@@ -54,9 +54,23 @@ def reading_part(config):
     return getattr(config, "text_config", config)
 
 
+def switching_tables(config) -> dict[str, int]:
+    """Kinds of rotary tables that depend on the longest text of a batch -> the length up to which they don't.
+
+    Beyond it (Phi-3's longrope) a row's numbers would depend on the rows beside it, and change while a text
+    grows: PPO's ratios would not begin at 1."""
+    rope = getattr(reading_part(config), "rope_parameters", None) or {}
+    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]  # or one a kind
+    fixed = ("default", "linear", "yarn", "llama3", "proportional")
+    tables = [table for table in tables if table.get("rope_type", "default") not in fixed]
+    return {table["rope_type"]: table.get("original_max_position_embeddings") or 1 << 30 for table in tables}
+
+
 def context_length(config) -> int:
+    """The longest text that a model can read, in tokens."""
     names = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
-    return next((limit for name in names if (limit := getattr(reading_part(config), name, None))), 1 << 30)
+    limits = [getattr(reading_part(config), name, None) or 1 << 30 for name in names]
+    return min(*limits, *switching_tables(config).values())
 
 
 class ScoreModel(nn.Module):
@@ -90,9 +104,9 @@ class ScoreModel(nn.Module):
         """(B, L) ids and mask -> (B, L) float32 scores; columns of padding hold no meaning."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if input_ids.shape[1] > (limit := context_length(self.config)):  # of a tokenizer of its own
-            problem = f"a text has {input_ids.shape[1]} tokens and its context {limit}; lower --max-length"
-            raise InputError(f"{self.score_type} model: {problem}")
+        limit = context_length(self.config)
+        if input_ids.shape[1] > limit and (longest := int(attention_mask.sum(-1).max())) > limit:
+            raise InputError(f"{self.score_type} model: a text has {longest} tokens and its context {limit}")
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -148,6 +162,12 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (x[:, :, : self.length] for x in self.whole)
 
 
+def without_token(policy, device) -> Tensor | None:
+    """The ids that no tokenizer has, although the policy's embedding has a row for each, if there are any."""
+    unknown = getattr(policy, "unknown_ids", None)
+    return torch.tensor(unknown, device=device) if unknown else None
+
+
 @torch.no_grad()
 def generate(
     policy,
@@ -164,7 +184,8 @@ def generate(
 
     prompt_ids, prompt_mask (B, P), left-padded. Returns sequences (B, P + R) and log_probs (B, R):
     the log-probability of each token under the distribution it was drawn from, temperature and top-p
-    included, and 0 after EOS. R <= max_new_tokens: it stops when every row has ended.
+    included, and 0 after EOS. R <= max_new_tokens: it stops when every row has ended. Ids of no token are
+    never drawn.
     `temperature=0` is greedy (all mass on one word, so its log-probability is 0).
 
     A token inverts the CDF at a uniform number. `uniforms` (B, max_new_tokens) lets the caller draw
@@ -182,7 +203,7 @@ def generate(
     ended = torch.zeros(batch, dtype=torch.bool, **place)  # (b,) which of them have ended
     mask = torch.cat([prompt_mask, prompt_mask.new_ones(batch, max_new_tokens)], 1)
     positions, inputs, cache = position_ids(prompt_mask), prompt_ids, None
-    ends = eos_token_id
+    ends, unknown = eos_token_id, without_token(policy, prompt_ids.device)
     if ends is not None:  # once: per token it would wait for the GPU
         ends = torch.as_tensor(ends, **place)
     for t in range(max_new_tokens):
@@ -197,6 +218,8 @@ def generate(
         if not hasattr(output, "past_key_values"):
             raise InputError(f"{policy.config.model_type} gives no key-value cache, and sampling goes by one")
         logits = output.logits[:, -1].float()  # (B, V)
+        if unknown is not None:
+            logits = logits.index_fill(-1, unknown, -torch.inf)
         if cache is None:
             cache = output.past_key_values
             for i, layer in enumerate(getattr(cache, "layers", ())):
@@ -236,9 +259,11 @@ def generate(
 PIECE = 1 << 26  # logits per piece: 256 MiB in float32
 
 
-def _token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+def _token_log_probs(logits: Tensor, tokens: Tensor, temperature: float, unknown: Tensor | None) -> Tensor:
     """(B, R, V), (B, R) -> (B, R), in float32."""
     logits = logits.float() / temperature
+    if unknown is not None:
+        logits = logits.index_fill_(-1, unknown, -torch.inf)
     return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
@@ -260,14 +285,13 @@ def token_log_probs(
         logits_to_keep=responses.shape[1] + 1,
     )
     logits = output.logits[:, -responses.shape[1] - 1 : -1]  # (B, R, V): column t predicts response token t
-    rows = max(1, PIECE // (logits.shape[1] * logits.shape[2]))
+    rows, unknown = max(1, PIECE // (logits.shape[1] * logits.shape[2])), without_token(policy, logits.device)
     if rows >= len(logits):
-        return _token_log_probs(logits, responses, temperature)
+        return _token_log_probs(logits, responses, temperature, unknown)
     pieces = [
-        checkpoint(
-            _token_log_probs, logits[i : i + rows], responses[i : i + rows], temperature, use_reentrant=False
-        )
-        for i in range(0, len(logits), rows)
+        checkpoint(_token_log_probs, *piece, temperature, unknown, use_reentrant=False)
+        # split, not slices: each slice's backward pass would fill a gradient of the whole
+        for piece in zip(logits.split(rows), responses.split(rows))
     ]
     return torch.cat(pieces)
 

@@ -338,6 +338,7 @@ def step_metrics(rollout: dict, updates: list[dict], threshold: float) -> dict:
         "response_length": length,
         "truncated_rate": ~ended,
         "empty_rate": ended & (length == 1),
+        "scorer_cut_rate": rollout["scorer_cut"],
     }
     means = {name: value.float().mean().item() for name, value in values.items()}
     return means | {name: float(sum(u[name] for u in updates)) / len(updates) for name in updates[0]}
@@ -355,7 +356,8 @@ def step_metrics(rollout: dict, updates: list[dict], threshold: float) -> dict:
 #   ended                           (B,)         bool    1      it ended before --max-new-tokens
 #   log_probs                       (B, R)       nats    1      log pi_old, under the distribution drawn from
 #   reward_ids, cost_ids            (B, L)       ids     2      the same texts in the ids of that model,
-#   reward_, cost_attention_mask    (B, L)       0, 1    2      which may have a tokenizer of its own
+#   reward_, cost_attention_mask    (B, L)       0, 1    2      with the one end that it was trained with
+#   scorer_cut                      (B,)         bool    2      too long for one of them, so cut off
 #   reward, cost                    (B,)         R, C    2      scores of the whole response; C > 0: unsafe
 #   reward_values, cost_values      (B, R)       R, C    2      of the states before each token
 #   kl                              (B,)         nats    3      log pi_old - log pi_ref, summed over tokens
@@ -366,7 +368,7 @@ def step_metrics(rollout: dict, updates: list[dict], threshold: float) -> dict:
 def main(args):
     torch.manual_seed(args.seed)
     ppo.check_flags(args)
-    tokenizer, other_tokenizers = ppo.load_tokenizers(args)
+    tokenizer, scorer_tokenizers, retokenized = ppo.load_tokenizers(args)
     ends = [data.end_id(tokenizer, args.chat_template), *loading.end_ids(args.model, tokenizer)]
     prompts, ptx_rows = ppo.load_texts(args, tokenizer)
 
@@ -406,7 +408,7 @@ def main(args):
         laps.lap("rollout")
 
         # -------------------------------------------------------------- 2 score
-        rollout |= data.scorer_ids(rollout, other_tokenizers, args.chat_template)
+        rollout |= data.scorer_ids(rollout, scorer_tokenizers, retokenized, args.chat_template)
         ref_log_probs = in_pieces(response_log_probs, reference, rollout, size, args.temperature)  # (B, R)
         reward = in_pieces(response_scores, reward_model, rollout, size, "reward")  # (B,)
         cost = in_pieces(response_scores, cost_model, rollout, size, "cost")  # (B,)

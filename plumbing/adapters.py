@@ -140,6 +140,7 @@ class WithoutAdapters:
 
     def __init__(self, model: nn.Module):
         self.model, self.score_type = model, getattr(model, "score_type", None)
+        self.unknown_ids = getattr(model, "unknown_ids", None)  # of a policy, see lm.py
         self.switch(True)
 
     def switch(self, on: bool) -> None:
@@ -313,7 +314,8 @@ def save_adapter(args, model: nn.Module, state: dict[str, Tensor]) -> None:
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: str, args) -> None:
     """Start a model's adapters, and its head, from a folder in PEFT's layout. Raises InputError for another
-    kind of adapter, another rank or alpha, or tensors that do not fit the model."""
+    kind of adapter, another rank or alpha, or tensors that do not fit the model. A model without memory yet
+    only gets the place for what it starts from."""
     from safetensors.torch import load_file
 
     path = os.path.join(folder, "adapter_config.json")
@@ -321,12 +323,11 @@ def load_adapter(model: nn.Module, folder: str, args) -> None:
     if wrong := schema_error(config, {"peft_type": str, "r": int}):
         raise InputError(f"{path}: {wrong}")
     rank, alpha = config["r"], config.get("lora_alpha")
-    other = [name for name in ("use_rslora", "alpha_pattern") if config.get(name)]  # another scale
-    start = str(config.get("init_lora_weights"))
-    other += [f"init_lora_weights {start}"] * start.lower().startswith(CHANGE_BASE)
-    other += [config["peft_type"]] * (config["peft_type"] != "LORA") + [f"r {rank}"] * (rank < 1)
-    if other:
-        raise InputError(f"{path}: not a plain low-rank adapter: {', '.join(other)}")
+    other = {name: value for name, value in config.items() if value and name not in UNCHANGING}
+    other = {name: value for name, value in other.items() if value not in PLAIN.get(name, ())}
+    if other := other | ({"r": rank} if rank < 1 else {}):
+        named = ", ".join(f"{name} {value}" for name, value in other.items())
+        raise InputError(f"{path}: not a plain low-rank adapter: {named}")
     if (rank, alpha) != (args.lora_rank, args.lora_alpha):
         raise InputError(f"{path}: another rank or alpha: give --lora-rank {rank} --lora-alpha {alpha}")
     path = os.path.join(folder, "adapter_model.safetensors")
@@ -344,18 +345,27 @@ def load_adapter(model: nn.Module, folder: str, args) -> None:
         )
     if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
         raise InputError(f"{path}: its weight {bad} holds NaN or infinity")
-    for ours, theirs in peft_names(model).items():
-        own[ours].copy_(tensors[theirs])
-    for name, tensor in peft_tensors(model, own).items():
-        if not tensor.cpu().equal(tensors[name].float()):
-            raise InputError(f"{path}: {name} is not the output layer's, whose weight the embeddings share")
+    if not hasattr(model, "read"):  # else it has no memory yet, and gets what rank 0 has read in this way
+        for ours, theirs in peft_names(model).items():
+            own[ours].copy_(tensors[theirs])
+        for name, tensor in peft_tensors(model, own).items():
+            if not tensor.cpu().equal(tensors[name].float()):
+                problem = f"{name} is not the output layer's, whose weight the embeddings share"
+                raise InputError(f"{path}: {problem}")
     for layer in adapted(model).values():
         layer.A0, layer.B0 = (nn.Parameter(x.clone(), requires_grad=False) for x in (layer.A, layer.B))
 
 
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)  # quantized ones have a scale somewhere else
-# ways to start that also change W, with or without a number behind them (pissa_niter_16)
-CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Of adapter_config.json: fields that change nothing in W + (alpha / r) B A, or that the tensors' names and
+# shapes answer for; and the values that others may have. One that is not here must be off: empty or false.
+UNCHANGING = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core"),
+    *("peft_version", "qalora_group_size", "revision", "task_type"),
+    *("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules"),
+    *("fan_in_fan_out", "lora_alpha", "r"),
+}
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
 
 
 def saver(args, save):

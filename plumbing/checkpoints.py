@@ -214,11 +214,12 @@ def load_checkpoint(args, trained: dict, extra: dict) -> dict:
 def save_final(args, save, model: nn.Module, tokenizer) -> None:
     """<output-dir>/model: weights by `save(model, state_dict, folder)` and tokenizer; complete or absent."""
     from plumbing.distributed import barrier, full_state_dict, rank
+    from plumbing.loading import save_tokenizer
 
     state = full_state_dict(model)
     check_finite(args.steps, **state)
     if rank() == 0:
         with writing(os.path.join(args.output_dir, "model")) as temporary:
             save(model, state, temporary)
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary, getattr(args, "chat_template", False))
     barrier()

@@ -20,6 +20,8 @@ What is held is text; ids are made when a batch needs them, by the rank that nee
 pairs at once cost every rank a minute and gigabytes.
 """
 
+import copy
+import functools
 import glob
 import json
 import os
@@ -30,6 +32,8 @@ import sys
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken
 
 from lm import pad
 from plumbing.files import InputError, read_json, reading, reason, schema_error
@@ -174,9 +178,15 @@ def load_preferences(dataset: str, winner: str, skip_bad_rows: bool = False) -> 
 
 
 def load_prompts(dataset: str, skip_bad_rows: bool = False) -> list[str]:
-    """The prompts of any dataset that has a `prompt` field."""
-    rows = checked(dataset, lambda row: schema_error(row, {"prompt": str}), skip_bad_rows)
-    return [row["prompt"] for row in rows]
+    """The prompts of any dataset that has a `prompt` field. Where a row is an answer to its prompt, or a pair
+    of them, each prompt counts once; in a list of prompts one that comes twice is meant to count twice."""
+    rows = list(checked(dataset, lambda row: schema_error(row, {"prompt": str}), skip_bad_rows))
+    if not {"response", "response_0"} & set().union(*rows):
+        return [row["prompt"] for row in rows]
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    if repeated := len(rows) - len(prompts):
+        report(f"{dataset}: {repeated:,} of {len(rows):,} rows repeat a prompt; each is asked once")
+    return prompts
 
 
 def load_supervised(dataset: str, skip_bad_rows: bool = False) -> list[tuple[str, str]]:
@@ -219,44 +229,103 @@ def prompt_text(prompt: str, tokenizer=None, chat_template: bool = False) -> str
     return f"BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
 
 
+def special_tokens(tokenizer) -> dict[str, int]:
+    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def after_answer(tokenizer) -> list[int]:
+    """The ids that the chat template puts after an answer."""
+    whole = chat_text(tokenizer, "question", "THE ANSWER")
+    head, _, tail = whole.rpartition("THE ANSWER")
+    prompt = prompt_text("question", tokenizer, chat_template=True)
+    if head.rstrip() != prompt.rstrip():  # as where a prompt begins a thought, and no answer has one
+        problem = f"puts {head[-60:]!r} before an answer and ends a prompt in {prompt[-60:]!r}"
+        advice = "leave out --chat-template, or give the tokenizer a template where they agree"
+        raise InputError(f"the chat template of {tokenizer.name_or_path} {problem}: {advice}")
+    texts = [whole, whole.removesuffix(tail)]
+    ids, before = tokenizer(texts, add_special_tokens=False).input_ids
+    return ids[len(os.path.commonprefix([ids, before])) :]
+
+
 def end_id(tokenizer, chat_template: bool = False) -> int:
     """The id that ends a response: EOS, or what ends a turn of the chat template, often another one."""
-    if chat_template:
-        head, _, tail = chat_text(tokenizer, "question", "THE ANSWER").rpartition("THE ANSWER")
-        prompt = prompt_text("question", tokenizer, chat_template)
-        if head.rstrip() != prompt.rstrip():  # as where a prompt begins a thought, and no answer has one
-            problem = f"puts {head[-60:]!r} before an answer and ends a prompt in {prompt[-60:]!r}"
-            advice = "leave out --chat-template, or give the tokenizer a template where they agree"
-            raise InputError(f"the chat template of {tokenizer.name_or_path} {problem}: {advice}")
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        for token in tokenizer(tail, add_special_tokens=False).input_ids:
-            if token in special:
-                return token
-    return tokenizer.eos_token_id
+    special = special_tokens(tokenizer).values()
+    ends = [i for i in after_answer(tokenizer) if i in special] if chat_template else []
+    return ends[0] if ends else tokenizer.eos_token_id
+
+
+def ending(tokenizer, chat_template: bool = False) -> list[int]:
+    """The ids that close a whole response for the model of this tokenizer: its end_id. Hugging Face's reward
+    models have seen the chat template to its end, and score at its last token, often a line break."""
+    whole = chat_template and getattr(tokenizer, "whole_template", False)
+    return (after_answer(tokenizer) if whole else []) or [end_id(tokenizer, chat_template)]
+
+
+# Noncharacters, which no text holds: around what a chat template writes, and within what a text spells
+TEMPLATES, SPELLED = "\ufdd0", "\ufdd1"
+
+
+def marked_prompt(tokenizer, prompt: str, chat_template: bool) -> str:
+    """As prompt_text; with a chat template the special tokens that it writes, and not those that the prompt
+    spells, are marked as `tokenize` finds them."""
+    if not chat_template:
+        return prompt_text(prompt)
+    tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    either = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+    spelled = either.sub(lambda found: found[0][:1] + SPELLED + found[0][1:], prompt)
+    text = prompt_text(spelled, tokenizer, chat_template)
+    return either.sub(lambda found: TEMPLATES + found[0] + TEMPLATES, text).replace(SPELLED, "")
+
+
+@functools.lru_cache(8)
+def marked_tokenizer(tokenizer, tokens: tuple[str, ...]) -> tuple:
+    """A copy that also knows the special `tokens` as a chat template's are marked, and {its id: ours}."""
+    twin, ids = copy.deepcopy(tokenizer), special_tokens(tokenizer)
+    known = tokenizer.added_tokens_decoder
+    for token in tokens:
+        old = known[ids[token]]
+        options = {name: getattr(old, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+        twin.add_tokens(AddedToken(TEMPLATES + token + TEMPLATES, special=False, **options))
+    marked = twin.get_vocab()
+    return twin, {marked[TEMPLATES + token + TEMPLATES]: ids[token] for token in tokens}
 
 
 def tokenize(tokenizer, texts: list[str], chat_template: bool = False) -> list[list[int]]:
-    """The ids of texts that begin with a prompt; BOS as the tokenizer has it, never an EOS of its own at the
-    end, which some add: a prompt goes on. A chat template writes its special tokens into the text."""
-    rows = tokenizer(texts, add_special_tokens=not chat_template, return_attention_mask=False).input_ids
+    """The ids of texts that begin with a `marked_prompt`; BOS as the tokenizer has it, never an EOS of its
+    own at the end, which some add: a prompt goes on. A chat template writes its special tokens into the text.
+    What a user's text spells ("</s>") stays text, and is split like any other."""
+    special = special_tokens(tokenizer)
+    twin, own = marked_tokenizer(tokenizer, tuple(special)) if chat_template else (tokenizer, {})
+    options = {"add_special_tokens": not chat_template, "split_special_tokens": True}
+    read = twin(texts, **options, return_attention_mask=False, return_special_tokens_mask=True)
+    spelled = {i: token for token, i in special.items() if i != tokenizer.unk_token_id}
+
+    def split(i: int) -> list[int]:  # for models whose own vocabulary holds "</s>", as Unigram's may
+        model = tokenizer.backend_tokenizer.model
+        return [piece.id for letter in spelled[i] for piece in model.tokenize(letter)]
+
+    rows = []
+    for ids, by_rule in zip(read.input_ids, read.special_tokens_mask):
+        parts = ([own.get(i, i)] if known or i not in spelled else split(i) for i, known in zip(ids, by_rule))
+        rows.append([i for part in parts for i in part])
+    if not chat_template:
+        rows = [ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
     words = getattr(tokenizer, "rows", sys.maxsize)  # of the model's embedding
     if beyond := next((i for ids in rows for i in ids if i >= words), None):
         token = tokenizer.convert_ids_to_tokens(beyond)
         raise InputError(f"a text holds {token!r}, id {beyond}, and the model's embedding has {words} rows")
-    if chat_template:
-        return rows
-    return [ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
+    return rows
 
 
 def encode_prompts(tokenizer, prompts: list[str], chat_template: bool = False) -> list[list[int]]:
-    return tokenize(tokenizer, [prompt_text(p, tokenizer, chat_template) for p in prompts], chat_template)
+    return tokenize(tokenizer, [marked_prompt(tokenizer, p, chat_template) for p in prompts], chat_template)
 
 
 def encode_texts(
     tokenizer, pairs: list[tuple], max_length: int = sys.maxsize, chat_template: bool = False
 ) -> list[list[int]]:
     """(prompt, response) texts -> ids of prompt + response + EOS, cut at max_length."""
-    texts = [prompt_text(prompt, tokenizer, chat_template) + response for prompt, response in pairs]
+    texts = [marked_prompt(tokenizer, prompt, chat_template) + response for prompt, response in pairs]
     end = end_id(tokenizer, chat_template)
     return [(ids + [end])[:max_length] for ids in tokenize(tokenizer, texts, chat_template)]
 
@@ -280,15 +349,12 @@ def encode_pairs(tokenizer, pairs: list[tuple], args) -> list[tuple]:
 def keep_fitting(dataset: str, rows: list, tokenizer, room: int, args) -> list:
     """The rows, prompts or tuples that begin with one, whose prompt has at most `room` tokens. A longer one
     raises InputError, or is skipped and counted with --skip-bad-rows. Tells what the rows are like."""
-    # a token is at least a byte long: where even the bytes fit, as nearly always, nothing is tokenized
-    spare = room - len(prompt_text("", tokenizer, args.chat_template).encode()) - 8
     prompts = [row if isinstance(row, str) else row[0] for row in rows]
-    suspects = [i for i, prompt in enumerate(prompts) if len(prompt.encode()) > spare]
-    too_long = {}
-    for start in range(0, len(suspects), 1000):
-        piece = suspects[start : start + 1000]
-        ids = encode_prompts(tokenizer, [prompts[i] for i in piece], args.chat_template)
-        too_long |= {i: len(own) for i, own in zip(piece, ids) if len(own) > room}
+    once, length_of = list(dict.fromkeys(prompts)), {}
+    for start in range(0, len(once), 1000):
+        piece = once[start : start + 1000]
+        length_of |= zip(piece, map(len, encode_prompts(tokenizer, piece, args.chat_template)))
+    too_long = {i: length_of[prompt] for i, prompt in enumerate(prompts) if length_of[prompt] > room}
     limits = f"--max-length {args.max_length}"
     limits += f" less --max-new-tokens {args.max_length - room}" * (room < args.max_length - 1)
     if too_long and not args.skip_bad_rows:
@@ -318,7 +384,7 @@ def description(dataset: str, rows: list, tokenizer, room: int, chat_template: b
     cut = sum(length > room for length in lengths) / len(ids)
     word = tokenizer.unk_token_id
     word = None if word in (tokenizer.bos_token_id, tokenizer.eos_token_id) else word  # one id for two things
-    unknown = sum(own.count(word) for own in ids) / sum(lengths)
+    unknown = sum(own.count(word) for own in ids) / max(1, sum(lengths))
     pairs = zip(ids[::2], ids[1::2]) if isinstance(rows[0], tuple) and len(rows[0]) > 2 else ()
     alike = sum(a[: room + 1] == b[: room + 1] for a, b in pairs) / len(seen)
     spanned = sum(begin < len(own) for (_, begin), own in zip(encoded, prompts)) / len(ids)
@@ -374,6 +440,9 @@ def same_tokenizer(a, b, chat_template: bool = False) -> bool:
         return True
     if a.get_vocab() != b.get_vocab():
         return False
+    highest = max(a.get_vocab().values())  # an embedding may lack the last ones, as Gemma 3 1B's
+    if min(highest + 1, getattr(a, "rows", sys.maxsize)) != min(highest + 1, getattr(b, "rows", sys.maxsize)):
+        return False
     return encode_texts(a, PROBES, chat_template=chat_template) == encode_texts(
         b, PROBES, chat_template=chat_template
     )
@@ -390,14 +459,35 @@ def retokenize(
     return pad(rows, other.pad_token_id, "right")
 
 
-def scorer_ids(rollout: dict, others: dict, chat_template: bool = False) -> dict:
+def close(
+    ids: torch.Tensor, mask: torch.Tensor, ended: torch.Tensor, tokenizer, chat_template: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and mask (B, L) of responses, `ended` (B,) or cut off -> (B, L') as the score model with this
+    tokenizer was trained to see them, and (B,) which rows were cut to its context, and so are cut off now.
+
+    A chat model has more than one end; a score model has seen one. Whichever was sampled, it sees that one:
+    else the choice of the end would be an action that moves the score and says nothing."""
+    last_ids = ending(tokenizer, chat_template)
+    ids, mask = (F.pad(x, (0, len(last_ids) - 1)).clone() for x in (ids, mask))
+    rows = ended.nonzero().squeeze(1)
+    last = mask.shape[1] - 1 - mask[rows].flip(1).argmax(1)
+    for place, token in enumerate(last_ids):
+        ids[rows, last + place], mask[rows, last + place] = token, 1
+    fits = mask.cumsum(1) <= getattr(tokenizer, "context", sys.maxsize)
+    return ids, mask * fits, (mask.bool() & ~fits).any(1)
+
+
+def scorer_ids(rollout: dict, scorers: dict, others: set[str], chat_template: bool = False) -> dict:
     """The rollout's texts in the ids of the reward and the cost model: reward_ids, reward_attention_mask,
-    cost_ids, cost_attention_mask, (B, L) each. `others` are their tokenizers, where not as the policy's."""
-    result = {}
-    for name in ("reward", "cost"):
+    cost_ids, cost_attention_mask, (B, L) each, and scorer_cut (B,), whether a text was too long for one of
+    them. `scorers` are their tokenizers, `others` names those that are not as the policy's."""
+    result = {"scorer_cut": torch.zeros_like(rollout["ended"])}
+    for name, tokenizer in scorers.items():
         ids, mask = rollout["sequences"], rollout["attention_mask"]
         if name in others:
             texts = rollout["prompts"], rollout["responses"], rollout["ended"]
-            ids, mask = (x.to(ids.device) for x in retokenize(*texts, others[name], chat_template))
+            ids, mask = (x.to(ids.device) for x in retokenize(*texts, tokenizer, chat_template))
+        ids, mask, cut = close(ids, mask, rollout["ended"], tokenizer, chat_template)
         result |= {f"{name}_ids": ids, f"{name}_attention_mask": mask}
+        result["scorer_cut"] |= cut
     return result

@@ -2,18 +2,22 @@
 
 import functools
 import inspect
+import json
 import os
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pickle import UnpicklingError
 from zipfile import is_zipfile
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from lm import ScoreModel, context_length, reading_part
+from lm import ScoreModel, context_length, reading_part, switching_tables
+from plumbing.data import end_id
 from plumbing.files import InputError, read_json, reading, reason, write_json
 
 logging.disable_progress_bar()  # one bar per file would hide those of the scripts
@@ -52,14 +56,38 @@ def resolve(path: str) -> str:
     return folder
 
 
+def by_its_file(tokenizer, file: str, options: dict):
+    """The tokenizer with the ids of `file`, its tokenizer.json. For some families transformers reads only
+    vocabulary and merges there, and splits texts by the family's rules: other ids than the model has learned.
+    Then the generic class takes its place, with the same special tokens and chat template."""
+    stored, ours = Tokenizer.from_file(file), tokenizer.backend_tokenizer
+    rules, read = (json.loads(backend.to_str()) for backend in (stored, ours))
+    chosen = {"add_bos_token", "add_eos_token"} & options.keys()  # tokenizer_config.json may say so
+    if all(rules[part] == read[part] for part in ("normalizer", "pre_tokenizer", "model")) and (
+        chosen or stored.encode("a").ids == ours.encode("a").ids
+    ):
+        return tokenizer
+    kept = {name: options[name] for name in chosen} | tokenizer.special_tokens_map
+    generic = PreTrainedTokenizerFast(tokenizer_file=file, chat_template=tokenizer.chat_template, **kept)
+    generic.name_or_path = tokenizer.name_or_path
+    return generic
+
+
 def load_tokenizer(path: str):
-    """The tokenizer of a model folder, always with a PAD token (EOS where it has none)."""
+    """The tokenizer of a model folder, always with a PAD token (EOS where it has none).
+
+    It carries what texts for that model must keep to: `rows` of its embedding, its `context`, and whether
+    `whole_template` is read, to its last token (Hugging Face's reward models; data.ending)."""
     folder = resolve(path)
     files = set(os.listdir(folder))
     if "tokenizer.model" in files and "tokenizer.json" not in files and not find_spec("sentencepiece"):
         raise InputError(f"{path}: its tokenizer.model needs a package: pip install sentencepiece protobuf")
     with reading(f"{path}: the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if "tokenizer.json" in files:
+            options = os.path.join(folder, "tokenizer_config.json")
+            options = read_json(options) if os.path.exists(options) else {}
+            tokenizer = by_its_file(tokenizer, os.path.join(folder, "tokenizer.json"), options)
         ids = tokenizer("a word").input_ids  # a damaged one fails here, and not in the middle of a run
     if not ids or not tokenizer.get_vocab():
         raise InputError(f"{path}: its tokenizer turns text into nothing. Is tokenizer.json there?")
@@ -67,8 +95,11 @@ def load_tokenizer(path: str):
         raise InputError(f"{path}: the tokenizer has no EOS token, so no response could end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    part = reading_part(load_config(path)) if "config.json" in files else None
-    words = tokenizer.rows = getattr(part, "vocab_size", 1 << 30)
+    config = load_config(path) if "config.json" in files else None
+    words = tokenizer.rows = getattr(reading_part(config), "vocab_size", 1 << 30)
+    tokenizer.context = context_length(config)
+    kind = (getattr(config, "architectures", None) or [""])[0]
+    tokenizer.whole_template = kind.endswith("ForSequenceClassification")
     # a token for what a text does not hold, as an image (Gemma 3 1B), may be without a row: see data.tokenize
     used = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
     needed = set(tokenizer.get_vocab().values()) - (set(tokenizer.added_tokens_decoder) - used)
@@ -89,10 +120,26 @@ def end_ids(path: str, tokenizer) -> list[int]:
     return [tokenizer.eos_token_id, *(i for i in found if i != tokenizer.eos_token_id)]
 
 
+def save_tokenizer(tokenizer, folder: str, chat_template: bool = False) -> None:
+    """Write the tokenizer beside a saved model, and into both what ended a response in training, so that
+    transformers' generate() stops there as well: with a chat template often another id than EOS."""
+    path, end = os.path.join(folder, "generation_config.json"), end_id(tokenizer, chat_template)
+    if os.path.exists(path):
+        ends = list(dict.fromkeys([end, *end_ids(folder, tokenizer)]))
+        write_json(path, read_json(path) | {"eos_token_id": ends if len(ends) > 1 else end})
+    if end != tokenizer.eos_token_id:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.save_pretrained(folder)
+
+
 def load_config(path: str):
     """The configuration with every dropout off: PPO's ratio compares two passes of the same function."""
+    folder = resolve(path)
+    if adapter := [name for name in sorted(os.listdir(folder)) if name.startswith("adapter_")]:
+        problem = f"holds {adapter[0]}: the weights beside an adapter are its base's, and say something else"
+        raise InputError(f"{path}: {problem}. Give a folder with the merged model, or with the base alone")
     with reading(path):
-        config = AutoConfig.from_pretrained(resolve(path), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.architectures = [str(name) for name in config.architectures or []]
     for name in DROPOUTS:
         if hasattr(config, name):
@@ -114,8 +161,10 @@ def freeze_other_parts(model: nn.Module) -> None:
 def check_context(config, max_length: int, path: str) -> None:
     """Raise InputError if the model at `path` cannot read texts of `max_length` tokens."""
     if max_length > context_length(config):
-        limit = context_length(config)
-        raise InputError(f"--max-length {max_length} exceeds the context of {path}, {limit} tokens")
+        limit, why = context_length(config), ""
+        for kind in switching_tables(config):
+            why = f": beyond them its {kind} positions depend on the longest text of a batch"
+        raise InputError(f"--max-length {max_length} exceeds the context of {path}, {limit} tokens{why}")
 
 
 # ------------------------------------------------------------------------------ weights
@@ -161,6 +210,8 @@ def load_causal_lm(
     config = load_config(path)
     if (config.architectures or [""])[0].endswith("ForScore"):
         raise InputError(f"{path}: a score model, not a language model")
+    if not from_config:
+        untie(path, config)
     if on_meta:
         with reading(path), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -173,15 +224,41 @@ def load_causal_lm(
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise InputError(f"{path}: {config.model_type} has no key-value cache, and sampling goes by one")
     freeze_other_parts(model)
+    model.unknown_ids = unknown_ids(path, config)
     return model.eval()
+
+
+def unknown_ids(path: str, config) -> list[int]:
+    """The ids that have a row in the embedding and no token: lm.py neither samples nor counts them. (Rows are
+    often rounded up to a multiple of 64, and score models need not have them.)"""
+    if not any(name.startswith(("tokenizer", "vocab")) for name in os.listdir(resolve(path))):
+        return []
+    known = set(load_tokenizer(path).get_vocab().values())
+    return [i for i in range(reading_part(config).vocab_size) if i not in known]
+
+
+def untie(path: str, config) -> None:
+    """Say in a configuration that tensors are not tied, where it says they are and the files hold two that
+    differ: they are two then when the model is split, adapted and saved, too."""
+    with reading(path), torch.device("meta"):
+        tied = AutoModelForCausalLM.from_config(config).all_tied_weights_keys
+
+    def stored(name: str) -> list[Tensor]:  # a family may call what stands before it something else on disk
+        end = name.split(".")[-2:]
+        return list(read_tensors(resolve(path), lambda key: key.split(".")[-2:] == end).values())
+
+    for name, other in tied.items():
+        if (first := stored(name)) and (second := stored(other)):
+            if not any(a.shape == b.shape and a.equal(b) for a in first for b in second):
+                config.tie_word_embeddings = reading_part(config).tie_word_embeddings = False
 
 
 HEADS = ("score_head.", "score.", "normalizer.")
 UNSAFE = "holds more than tensors, and loading it could run code. Convert it to safetensors"
 
 
-def read_heads(folder: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that belong to no backbone: score head and normalizer."""
+def read_tensors(folder: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint with `wanted` names, as they are called on disk."""
     from safetensors import safe_open
 
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -189,24 +266,24 @@ def read_heads(folder: str) -> dict[str, Tensor]:
         if os.path.exists(index):
             with reading(index):
                 where = read_json(index)["weight_map"]
-                files = {file for key, file in where.items() if key.startswith(HEADS)}
+                files = {file for key, file in where.items() if wanted(key)}
         elif os.path.exists(os.path.join(folder, name)):
             files = {name}
         else:
             continue
-        heads = {}
+        found = {}
         for path in (os.path.join(folder, file) for file in files):
             with reading(path):
                 if path.endswith(".safetensors"):
                     with safe_open(path, framework="pt") as file:
-                        heads |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(HEADS)}
+                        found |= {key: file.get_tensor(key) for key in file.keys() if wanted(key)}
                     continue
                 try:
                     whole = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
                 except UnpicklingError:
                     raise InputError(f"{path}: {UNSAFE}") from None
-                heads |= {key: tensor for key, tensor in whole.items() if key.startswith(HEADS)}
-        return heads
+                found |= {key: tensor for key, tensor in whole.items() if wanted(key)}
+        return found
     raise InputError(f"{folder}: no model.safetensors and no pytorch_model.bin")
 
 
@@ -223,7 +300,7 @@ def load_score_model(
     A critic may start from a reward or a cost model; otherwise the stored score_type must be the asked one.
     `dtype` is the backbone's, the head is float32. `on_meta` as in load_causal_lm. Raises InputError for a
     missing or superfluous head, another score_dim, another score_type, or a weight that does not fit."""
-    config, tensors = load_config(path), read_heads(resolve(path))
+    config, tensors = load_config(path), read_tensors(resolve(path), lambda key: key.startswith(HEADS))
     kind = (config.architectures or [""])[0]
     stored_type = getattr(config, "score_type", None)
     if score_type != "critic" and stored_type is not None and stored_type != score_type:

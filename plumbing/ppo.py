@@ -23,8 +23,8 @@ def check_flags(args) -> None:
 
 
 def load_tokenizers(args) -> tuple:
-    """The policy's tokenizer; and name -> tokenizer of those of "reward" and "cost" that read other ids, so
-    that responses are tokenized again for them. Raises InputError for a critic with another tokenizer."""
+    """The policy's tokenizer; those of "reward" and "cost" by name; and the names of those that read other
+    ids, so that responses are tokenized again for them. Raises InputError for a critic that would need it."""
     tokenizer = load_tokenizer(args.model)
     same = partial(data.same_tokenizer, chat_template=args.chat_template)
     scorers = {"reward": load_tokenizer(args.reward_model), "cost": load_tokenizer(args.cost_model)}
@@ -37,7 +37,7 @@ def load_tokenizers(args) -> tuple:
     second = args.second_cost_model
     if second and not same(load_tokenizer(second), scorers["cost"]):
         raise InputError(f"{second}: its tokenizer is not that of {args.cost_model}; both read the same ids")
-    return tokenizer, {name: own for name, own in scorers.items() if not same(own, tokenizer)}
+    return tokenizer, scorers, {name for name, own in scorers.items() if not same(own, tokenizer)}
 
 
 def load_texts(args, tokenizer) -> tuple[list[str], list[tuple[str, str]]]:

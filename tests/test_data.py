@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import lm
+import repo_ppo
+import safe_rlhf_ppo
 import toy_world
 from plumbing import data
 from plumbing.files import InputError
@@ -35,7 +37,8 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, change, reason, capsys):
     path = write(tmp_path / "pairs.jsonl", [GOOD, GOOD | change, GOOD])
     with pytest.raises(InputError, match=f"pairs.jsonl row 2: .*{reason}.*--skip-bad-rows"):
         data.load_preferences(path, "better_response_id")
-    assert len(data.load_preferences(path, "better_response_id", skip_bad_rows=True)) == 2
+    kept = data.load_preferences(path, "better_response_id", skip_bad_rows=True)
+    assert kept == [("p", "b", "a", False, True)] * 2  # the winner comes first, with its label
     assert f"skipped 1 of 3 rows of {path}; the first: {path} row 2: " in capsys.readouterr().err
 
 
@@ -149,12 +152,6 @@ def test_a_pair_with_a_long_prompt_is_dropped_as_a_pair(toy_tokenizer, capsys):
     assert safe == [True, True]
 
 
-def test_winners_come_first_with_their_labels(tmp_path):
-    path = write(tmp_path / "pairs.jsonl", [GOOD])
-    assert data.load_preferences(path, "better_response_id") == [("p", "b", "a", False, True)]
-    assert data.load_preferences(path, "safer_response_id") == [("p", "a", "b", True, False)]
-
-
 def test_one_line_tells_what_the_rows_are_like(toy_tokenizer, capsys, monkeypatch):
     rows = [("open a lock", "oil springs . turn keys ."), ("open a lock", "oil")] * 1000
     data.keep_fitting("x", rows, toy_tokenizer, 11, ARGS)
@@ -242,3 +239,23 @@ def test_retokenize_speaks_the_other_models_language(toy_tokenizer):
     assert ended == "BEGINNING OF CONVERSATION: USER: open a lock ASSISTANT: oil springs . </s>"
     assert cut_off == "BEGINNING OF CONVERSATION: USER: fix a lock ASSISTANT: turn"
     assert torch.equal(mask.sum(1), torch.tensor([12, 9]))
+
+
+def test_an_answer_is_no_new_prompt(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": p} for p in "abaa"]
+    for more, want in (({}, "abaa"), ({"response": "r"}, "ab"), ({"response_0": "r"}, "ab")):
+        path.write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+        assert data.load_prompts(str(path)) == list(want)
+    assert capsys.readouterr().err.count("2 of 4 rows repeat a prompt; each is asked once") == 2
+
+
+@pytest.mark.parametrize("script", [safe_rlhf_ppo, repo_ppo])
+def test_ptx_does_not_walk_in_step_with_the_prompts(script, toy_tokenizer):
+    prompts = ["open a lock", "fix a lock", "oil a lock", "turn a lock"] * 8
+    rows = [(f"{p} " + "lock " * i, "turn") for i, p in enumerate(prompts)]
+    args = SimpleNamespace(minibatch_size=16, seed=0, max_length=99, chat_template=False, micro_batch_size=16)
+    asked = data.encode_prompts(toy_tokenizer, [rows[i][0] for i in data.batch_indices(32, 16, 0, 0)])
+    ((sequences, mask, width),) = script.ptx_batch(rows, 0, toy_tokenizer, args)
+    supervised = [row[m.bool()].tolist()[:-2] for row, m in zip(sequences, mask)]
+    assert 0 < sum(row in asked for row in supervised) < 14

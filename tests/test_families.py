@@ -15,7 +15,7 @@ import lm
 import toy_world
 from lm import end_scores, generate, position_ids, response_mask
 from plumbing import distributed, loading
-from plumbing.files import read_json, read_jsonl
+from plumbing.files import read_json, read_jsonl, write_json
 from plumbing.loading import load_causal_lm, load_score_model
 from recipes.rehearsal import write_data
 
@@ -222,6 +222,10 @@ def test_sharded_is_unsharded(tmp_path):
     for family in ("GPTNeoX", "Mixtral", "Gemma4Text"):
         folders.append(str(tmp_path / family))
         build(family).save_pretrained(folders[-1])
+    folders.append(str(tmp_path / "two tensors, called tied"))
+    build("Qwen3").save_pretrained(folders[-1])
+    config = read_json(f"{folders[-1]}/config.json") | {"tie_word_embeddings": True}
+    write_json(f"{folders[-1]}/config.json", config)
     torch.manual_seed(0)
     torch.multiprocessing.spawn(sharded_rank, (places(2), folders), nprocs=2)
     for folder in folders:

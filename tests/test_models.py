@@ -12,13 +12,13 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     BloomConfig,
     Gemma3Config,
     GPT2Config,
     LlamaConfig,
     MambaConfig,
     MptConfig,
+    Phi3Config,
     Qwen2Config,
 )
 
@@ -28,8 +28,8 @@ import repo_ppo
 import safe_rlhf_ppo
 import toy_world
 from lm import generate, response_mask, token_log_probs
-from plumbing import data, distributed, loading, runs
-from plumbing.files import InputError
+from plumbing import adapters, data, distributed, loading, runs
+from plumbing.files import InputError, read_json, write_json
 from plumbing.loading import load_causal_lm, load_score_model, load_tokenizer
 
 REFERENCE = Path(__file__).parent / "reference_cases"
@@ -161,27 +161,77 @@ def test_rows_that_have_ended_are_dropped_and_the_others_do_not_notice(policy, p
 # ------------------------------------------------------------------------------ log-probabilities
 
 
-def test_token_log_probs_are_cross_entropy_with_its_gradient(policy):
+@pytest.mark.parametrize("rows", [5, 2])  # two at a time: in three pieces
+def test_token_log_probs_are_cross_entropy_with_its_gradient(policy, monkeypatch, rows):
     torch.manual_seed(6)
-    sequences, mask = torch.randint(2, V, (4, 9)), torch.ones(4, 9).long()
+    sequences, mask = torch.randint(2, V, (5, 9)), torch.ones(5, 9).long()
+    monkeypatch.setattr(lm, "PIECE", rows * 5 * V)
     ours = token_log_probs(policy, sequences, mask, 4)
     logits = policy(sequences, attention_mask=mask).logits[:, 3:-1]
-    theirs = -cross_entropy(logits.flatten(0, 1), sequences[:, 4:].flatten(), reduction="none").view(4, 5)
+    theirs = -cross_entropy(logits.flatten(0, 1), sequences[:, 4:].flatten(), reduction="none").view(5, 5)
     torch.testing.assert_close(ours, theirs)
     weights = list(policy.parameters())
     for a, b in zip(torch.autograd.grad(ours.sum(), weights), torch.autograd.grad(theirs.sum(), weights)):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_pieces_change_neither_values_nor_gradients(policy, monkeypatch):
-    sequences, mask = torch.randint(2, V, (5, 9)), torch.ones(5, 9).long()
-    weight = next(policy.parameters())
-    whole = token_log_probs(policy, sequences, mask, 4)
-    grad = torch.autograd.grad(whole.sum(), weight)[0]
-    monkeypatch.setattr(lm, "PIECE", 2 * 5 * V)  # two rows at a time
-    pieces = token_log_probs(policy, sequences, mask, 4)
-    torch.testing.assert_close(pieces, whole)
-    torch.testing.assert_close(torch.autograd.grad(pieces.sum(), weight)[0], grad)
+def test_ids_of_no_token_are_neither_sampled_nor_counted(toy_tokenizer, tmp_path):
+    words = len(toy_tokenizer)
+    torch.manual_seed(0)
+    config = LlamaConfig(**LLAMA, **SMALL | {"vocab_size": words + 64}, initializer_range=0.3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    toy_tokenizer.save_pretrained(tmp_path)
+    policy = load_causal_lm(str(tmp_path))
+    prompts = torch.randint(4, words, (32, 5))
+    for temperature, top_p in ((0, 1.0), (1.0, 0.9), (1.0, 1.0)):
+        sequences, log_probs = generate(policy, prompts, torch.ones_like(prompts), 20, temperature, top_p)
+        assert sequences.max() < words
+    for model in (policy, adapters.WithoutAdapters(policy)):
+        fresh = token_log_probs(model, sequences, torch.ones_like(sequences), 5)
+        torch.testing.assert_close(log_probs, fresh.detach(), atol=1e-4, rtol=1e-4)
+    every = torch.cat([prompts[:1].expand(words + 64, 5), torch.arange(words + 64)[:, None]], 1)
+    probs = token_log_probs(policy, every, torch.ones_like(every), 5).exp()[:, 0]
+    assert probs[words:].max() == 0 and probs.sum().item() == pytest.approx(1, abs=1e-5)
+    probs[:words].sum().backward()
+    assert all(p.grad.isfinite().all() for p in policy.parameters())
+
+
+def test_tables_that_switch_with_the_longest_text_are_used_up_to_there():
+    """At a trained model's scale, 0.3: with weights of 0.02 positions hardly matter."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 2, "long_factor": [8.0] * 2}
+    sizes = LLAMA | SMALL | {"original_max_position_embeddings": 12, "initializer_range": 0.3}
+    config = Phi3Config(**sizes, rope_parameters=rope)
+    torch.manual_seed(0)
+    policy, ids = AutoModelForCausalLM.from_config(config).eval(), torch.randint(2, V, (1, 14))
+
+    def short_row(long: int):  # log-probabilities of a row of 8 tokens beside one of `long`
+        beside = torch.zeros(2, long).long()
+        beside[0, :8], beside[1] = ids[0, :8], ids[0, :long]
+        mask = torch.ones_like(beside)
+        mask[0, 8:] = 0
+        return token_log_probs(policy, beside, mask, 4)[0, :4]
+
+    torch.testing.assert_close(short_row(12), short_row(8), atol=1e-5, rtol=1e-5)
+    assert (short_row(13) - short_row(8)).abs().max() > 0.1
+    nine = rope | {"original_max_position_embeddings": 9}
+    rope = {"full_attention": nine, "sliding_attention": {"rope_type": "default"}}
+    mixed = SimpleNamespace(max_position_embeddings=64, rope_parameters=rope)
+    dynamic = LlamaConfig(**LLAMA, **SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0})
+    sees = Gemma3Config(text_config={"max_position_embeddings": 48}, vision_config={})
+    beyond = ": beyond them its {} positions depend on the longest text of a batch"
+    for kind, length, why in (
+        (config, 12, beyond.format("longrope")),
+        (mixed, 9, beyond.format("longrope")),
+        (dynamic, 64, beyond.format("dynamic")),
+        (MptConfig(max_seq_len=64), 64, ""),
+        (sees, 48, ""),
+        (CONFIGS["llama"], 64, ""),
+    ):
+        loading.check_context(kind, length, "here")
+        message = f"--max-length {length + 1} exceeds the context of here, {length} tokens{why}$"
+        with pytest.raises(InputError, match=message):
+            loading.check_context(kind, length + 1, "here")
+    loading.check_context(BloomConfig(), 10**6, "here")
 
 
 # ------------------------------------------------------------------------------ bf16
@@ -247,22 +297,6 @@ def test_what_samples_is_the_policy_without_hooks_and_wrappers(dtype):
         torch.testing.assert_close(logits.float(), want.float(), atol=0.02, rtol=0.02)
 
 
-def test_a_tiny_model_gets_one_thread_and_a_larger_one_all_of_them(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(distributed, "_threads", 2)
-    args, asked = SimpleNamespace(dtype="fp32", fsdp=False, activation_checkpointing=False), []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    distributed.start_processes()
-    distributed.shard(torch.nn.Linear(1000, 1000), args)
-    assert asked == [1]
-    distributed.shard(torch.nn.Linear(2000, 600), args)
-    assert asked == [1, 2]
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # who says how many gets them
-    distributed.start_processes()
-    assert asked == [1, 2]
-
-
 # ------------------------------------------------------------------------------ Beaver checkpoints
 
 
@@ -318,17 +352,6 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_hugging_face_reward_models_score_as_in_transformers(name, tmp_path):
-    torch.manual_seed(7)
-    config = type(CONFIGS[name])(**CONFIGS[name].to_dict() | {"num_labels": 1})
-    theirs = AutoModelForSequenceClassification.from_config(config).eval()
-    theirs.save_pretrained(tmp_path)
-    ids = torch.randint(2, V, (4, 6))
-    ours = load_score_model(str(tmp_path), "reward")
-    torch.testing.assert_close(ours(ids)[:, -1], theirs(ids).logits[:, 0], atol=1e-5, rtol=1e-5)
-
-
 def altered(tmp_path, source="beaver_tiny_llama", config=(), drop=(), add=()):
     shutil.copytree(REFERENCE / source, tmp_path, dirs_exist_ok=True)
     (tmp_path / "pytorch_model.bin").unlink(missing_ok=True)
@@ -373,13 +396,6 @@ def test_a_critic_may_start_from_a_cost_model_and_is_never_normalized(tmp_path):
     torch.testing.assert_close(critic(ids), cost(ids) * (cost.normalizer.var.sqrt() + 1e-8))
 
 
-def test_a_language_model_gets_a_head_only_in_training(tmp_path):
-    AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no score head, so its scores would be random"):
-        load_score_model(str(tmp_path), "reward")
-    assert load_score_model(str(tmp_path), "reward", new_head=True)(torch.ones(1, 3).long()).isfinite().all()
-
-
 def test_code_in_a_tokenizers_folder_is_not_run(tmp_path, toy_tokenizer, monkeypatch):
     toy_tokenizer.save_pretrained(tmp_path)
     (tmp_path / "own.py").write_text("raise SystemExit('the code of the folder ran')")
@@ -394,14 +410,44 @@ def test_code_in_a_tokenizers_folder_is_not_run(tmp_path, toy_tokenizer, monkeyp
         load_tokenizer(str(tmp_path))
 
 
-def test_missing_models_are_one_clear_error(tmp_path):
-    for load in (load_causal_lm, loading.load_tokenizer, lambda path: load_score_model(path, "reward")):
+def score(path: str):
+    return load_score_model(path, "reward", new_head=True)
+
+
+def test_folders_that_cannot_serve_are_one_clear_error(tmp_path):
+    for load in (load_causal_lm, load_tokenizer, score):
         with pytest.raises(InputError, match="no such model folder"):
             load(str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="cannot be read.*config.json"):
         load_causal_lm(str(tmp_path))
     with pytest.raises(InputError, match="a score model, not a language model"):
         load_causal_lm(str(REFERENCE / "beaver_tiny_llama"))
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, **SMALL)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="mamba has no key-value cache"):
+        load_causal_lm(str(tmp_path))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+        for load in (load_causal_lm, score):
+            with pytest.raises(InputError, match=f"holds {name}: the weights beside an adapter are its base"):
+                load(str(tmp_path))
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_tensors_that_differ_are_not_tied_whatever_the_config_says(tmp_path, lora_rank):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**LLAMA, **SMALL, initializer_range=0.3)).eval()
+    model.save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(str(tmp_path / "config.json"), config | {"tie_word_embeddings": True})
+    ids, ours = torch.randint(2, V, (2, 6)), load_causal_lm(str(tmp_path))
+    args = SimpleNamespace(lora_rank=lora_rank, lora_alpha=4.0, lora_targets=None, lora_output=True)
+    ours = adapters.adapt(ours, args)
+    loading.save_causal_lm(ours, adapters.merged(ours, dict(ours.state_dict())), str(tmp_path / "again"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    for saved in (ours, load_causal_lm(str(tmp_path / "again")), theirs):
+        torch.testing.assert_close(saved(ids).logits, model(ids).logits)
 
 
 def test_weights_that_are_missing_or_of_another_shape_are_refused(tmp_path):
@@ -415,11 +461,11 @@ def test_weights_that_are_missing_or_of_another_shape_are_refused(tmp_path):
     legacy = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2), "lm_head.bias": torch.zeros(V)}
     for tensors in broken.values():
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        for load in (load_causal_lm, lambda path: load_score_model(path, "reward", new_head=True)):
+        for load in (load_causal_lm, score):
             with pytest.raises(InputError, match="weights do not fit the config.*up_proj"):
                 load(str(tmp_path))
     save_file(state | legacy, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    load_score_model(str(tmp_path), "reward", new_head=True)
+    score(str(tmp_path))
 
 
 def test_old_exports_are_read(tmp_path):
@@ -443,33 +489,10 @@ def test_old_exports_are_read(tmp_path):
         torch.testing.assert_close(hidden, model.base_model(ids).last_hidden_state)
 
 
-def test_a_context_has_several_names():
-    sees = Gemma3Config(text_config={"max_position_embeddings": 48}, vision_config={})
-    for config, length in (
-        (MptConfig(max_seq_len=64), 64),
-        (sees, 48),
-        (CONFIGS["llama"], 64),
-        (BloomConfig(), None),
-    ):
-        loading.check_context(config, length or 10**6, "here")
-        if length:
-            with pytest.raises(
-                InputError, match=f"--max-length {length + 1} exceeds the context of here, {length}"
-            ):
-                loading.check_context(config, length + 1, "here")
-
-
 def test_cudnn_attention_is_off_unless_asked_for():
     for flags in (["--cudnn-attention"], []):
         runs.run(lambda _: None, evaluate.parse_args(flags))
         assert torch.backends.cuda.cudnn_sdp_enabled() == bool(flags)
-
-
-def test_models_without_a_key_value_cache_are_refused(tmp_path):
-    config = MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, **SMALL)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="mamba has no key-value cache"):
-        load_causal_lm(str(tmp_path))
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, toy_tokenizer):
@@ -486,13 +509,14 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, toy_tokenize
         loading.load_tokenizer(str(tmp_path))
 
 
-def test_a_token_for_images_may_be_without_a_row_until_a_text_holds_it(tmp_path):
+def test_a_token_for_images_may_be_without_a_row_as_no_text_spells_it(tmp_path):
     """As in Gemma 3 1B, which has the tokenizer of its larger sisters."""
     tokenizer = toy_world.build_tokenizer()
     LlamaConfig(**LLAMA, **SMALL | {"vocab_size": len(tokenizer)}).save_pretrained(tmp_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.chat_template = "{{ messages[0]['content'] }} <image>"
     tokenizer.save_pretrained(tmp_path)
     tokenizer = loading.load_tokenizer(str(tmp_path))
-    data.encode_texts(tokenizer, [("open a lock", "turn")])
+    assert max(data.encode_prompts(tokenizer, ["turn <image>"])[0]) < 216
     with pytest.raises(InputError, match="a text holds '<image>', id 216, and the model's embedding has 216"):
-        data.encode_texts(tokenizer, [("open a lock", "turn <image>")])
+        data.encode_prompts(tokenizer, ["turn"], chat_template=True)

@@ -1,19 +1,28 @@
 """Text to ids and back with the tokenizers that models have: SentencePiece, byte-level BPE, the toy's."""
 
+import copy
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 import lm
 import toy_world
 from lm import ScoreModel, end_scores, generate, response_mask
 from plumbing import data
-from plumbing.files import InputError
-from plumbing.loading import end_ids, load_tokenizer
+from plumbing.files import InputError, read_json, write_json
+from plumbing.loading import end_ids, load_score_model, load_tokenizer, save_causal_lm, save_tokenizer
 
 PROMPTS = ["open a lock", "how do i call a dog that i found outside ?"]
 RESPONSES = [
@@ -24,6 +33,8 @@ RESPONSES = [
     "Là-bas, près du 東京 hôtel 😀",
     "",
 ]
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 SPECIAL = ["<pad>", "</s>", "<unk>", "<s>"]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -100,15 +111,6 @@ def test_prompt_and_response_are_tokenized_as_one_text(tokenizers, kind):
             assert data.encode(tokenizer, [(prompt, response)], 999)[0][0] == published
 
 
-def test_sentencepiece_sees_a_space_marker_only_where_there_is_a_space(tokenizers):
-    for kind in KINDS[:2]:
-        first = []
-        for response in ("turn keys .", " turn keys ."):
-            (ids, begin), = data.encode(tokenizers[kind], [(PROMPTS[0], response)], 999)  # fmt: skip
-            first.append(tokenizers[kind].convert_ids_to_tokens(ids[begin]))
-        assert not first[0].startswith("▁") and first[1].startswith("▁"), kind
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_response_begins_after_the_prompts_own_tokens_unless_a_token_spans_both(tokenizers, kind, capsys):
     tokenizer, prompt = tokenizers[kind], PROMPTS[0]
@@ -142,18 +144,6 @@ def test_a_response_scores_the_same_from_its_ids_and_from_its_text(tokenizers, k
     ids, mask = lm.pad([ids for ids, _ in rows], 0, "right")
     again, again_mask = data.retokenize(PROMPTS[:1] * len(texts), said, [True] * len(texts), tokenizer)
     assert torch.equal(end_scores(model(ids, mask), mask), end_scores(model(again, again_mask), again_mask))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_ids_come_back_as_the_same_text(tokenizers, kind):
-    """Other segmentations come back as other ids of the same text: the score model reads what was said."""
-    tokenizer, generator = tokenizers[kind], torch.Generator().manual_seed(0)
-    own = data.encode_prompts(tokenizer, PROMPTS[:1])
-    for _ in range(50):
-        response = torch.randint(len(SPECIAL), len(tokenizer), (8,), generator=generator).tolist()
-        text = data.decode_responses(tokenizer, own, [response])
-        again = data.encode_texts(tokenizer, [(PROMPTS[0], text[0])])
-        assert tokenizer.decode(again[0][:-1]) == tokenizer.decode(own[0] + response)
 
 
 # ------------------------------------------------------------------------------ BOS, EOS and chat templates
@@ -268,7 +258,129 @@ def test_every_id_that_ends_a_response_ends_it_and_is_kept(tmp_path, tokenizers)
 
 
 def test_a_sentencepiece_file_alone_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr("models.find_spec", lambda name: None)
+    monkeypatch.setattr("plumbing.loading.find_spec", lambda name: None)
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(data.InputError, match="pip install sentencepiece"):
         load_tokenizer(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------ whose ids, and which end
+
+
+def test_whichever_end_was_sampled_a_score_model_sees_the_one_it_knows(tokenizers):
+    tokenizer = chatty(tokenizers["byte-level bpe"])
+    eos, turn = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    (prompt,) = data.encode_prompts(tokenizer, ["open a lock"], chat_template=True)
+    answer = tokenizer("turn keys .").input_ids
+    texts = [("open a lock", "turn keys ."), ("open a lock", "turn keys .turn")]
+    wanted, (*cut_off, _) = data.encode_texts(tokenizer, texts, chat_template=True)
+    rows = [answer + [eos], answer + [turn], answer + answer[:1]]
+    sequences, mask, _ = lm.frame([(prompt + row, len(prompt)) for row in rows], 0)
+    rollout = {"sequences": sequences, "attention_mask": mask, "ended": torch.tensor([True, True, False])}
+    rollout |= {"prompts": ["open a lock"] * 3, "responses": ["turn keys ."] * 2 + ["turn keys .turn"]}
+    before = sequences.clone()
+    whole = copy.deepcopy(tokenizer)  # of a Hugging Face reward model
+    whole.whole_template = True
+    scorers = {"reward": tokenizer, "cost": whole}
+    line = tokenizer("\n").input_ids
+    for others in ({}, scorers):
+        ids = data.scorer_ids(rollout, scorers, others, True)
+        for name, tail in (("reward", []), ("cost", line)):
+            read = zip(ids[f"{name}_ids"], ids[f"{name}_attention_mask"])
+            assert [row[m.bool()].tolist() for row, m in read] == [wanted + tail] * 2 + [cut_off]
+        assert torch.equal(rollout["sequences"], before) and not ids["scorer_cut"].any()
+
+
+def test_a_hugging_face_reward_model_is_read_where_transformers_reads_it(tokenizers, tmp_path):
+    tokenizer = chatty(tokenizers["byte-level bpe"])
+    torch.manual_seed(0)
+    config = Qwen2Config(**SIZES, vocab_size=len(tokenizer), num_labels=1)
+    theirs = AutoModelForSequenceClassification.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    own, ours = load_tokenizer(str(tmp_path)), load_score_model(str(tmp_path), "reward")
+    for response in ("turn keys .", " oil", "\nspring"):
+        chat = [{"role": "user", "content": "open a lock"}, {"role": "assistant", "content": response}]
+        text = own.apply_chat_template(chat, tokenize=False)
+        ids = own(text, add_special_tokens=False, return_tensors="pt").input_ids
+        want = theirs(ids).logits[0]
+        pairs = data.encode_texts(own, [("open a lock", response)], chat_template=True)
+        ids, mask, _ = data.close(*lm.pad(pairs, 0, "right"), torch.tensor([True]), own, True)
+        torch.testing.assert_close(end_scores(ours(ids, mask), mask), want)
+
+
+def test_a_text_beyond_a_score_models_context_is_cut_off_and_counted(tokenizers):
+    own = copy.deepcopy(tokenizers["byte-level bpe"])
+    own.context = 20
+    ids, mask = data.retokenize(["open a lock"] * 2, ["turn keys . " * 9, "oil"], [True, True], own)
+    cut_ids, cut_mask, cut = data.close(ids, mask, torch.tensor([True, True]), own)
+    assert cut.tolist() == [True, False] and cut_mask.sum(1).tolist() == [20, int(mask[1].sum())]
+    assert torch.equal(cut_ids[0][cut_mask[0].bool()], ids[0, :20])
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_token_may_be_shorter_than_a_byte(skip):
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(["a"], trainers.BpeTrainer(special_tokens=SPECIAL, initial_alphabet=alphabet))
+    tokenizer = wrap(backend)
+    args = SimpleNamespace(max_length=200, chat_template=False, skip_bad_rows=skip)
+    rows = [("\ufdfa" * 10, "a"), ("b", "a")]  # 30 bytes, and 33 a letter when it is written out
+    if skip:
+        assert data.keep_fitting("x", rows, tokenizer, 199, args) == rows[1:]
+    else:
+        with pytest.raises(InputError, match="x: a prompt of 37[0-9] tokens leaves no room"):
+            data.keep_fitting("x", rows, tokenizer, 199, args)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GPT2TokenizerFast", "LlamaTokenizerFast", None])
+def test_ids_are_those_of_tokenizer_json(tokenizers, tmp_path, kind):
+    backend = Tokenizer.from_str(tokenizers["byte-level bpe"].backend_tokenizer.to_str())
+    rule = pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?\p{L}+|\s+|[^\s\p{L}\p{N}]+"), "isolated")
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([rule, bytewise])
+    tokenizer = wrap(backend)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    Qwen2Config(**SIZES, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    config = read_json(tmp_path / "tokenizer_config.json")
+    del config["tokenizer_class"]
+    write_json(str(tmp_path / "tokenizer_config.json"), config | ({"tokenizer_class": kind} if kind else {}))
+    stored = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path))
+    ours.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    for text in ("In 2023, don't turn keys .", "  Là-bas,\n\n près 東京", "a</s>b"):
+        want = stored.encode(text, add_special_tokens=False).ids
+        assert ours(text).input_ids == again(text).input_ids == want
+    assert (ours.eos_token, ours.unk_token_id, ours.chat_template) == ("</s>", 2, CHATML)
+
+
+def test_what_a_user_spells_is_text(tokenizers):
+    for kind in KINDS:
+        tokenizer = chatty(tokenizers[kind])
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        texts = ("The tag </s> ends <|im_end|> a strike", " and </s>")
+        for chat, last in ((False, 1), (True, end)):
+            pair = [texts, ("The tag", " and")]
+            (ids, begin), (plain, _) = data.encode(tokenizer, pair, 999, chat)
+            special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+            assert [i for i in ids if i in special] == [i for i in plain if i in special] and ids[-1] == last
+            said = data.decode_responses(tokenizer, [ids[:begin]], [ids[begin:-1]])
+            assert said == [" and </s>"] or kind == "toy"  # which has no such letters
+
+
+def test_a_saved_model_stops_where_training_stopped(tokenizers, tmp_path):
+    tokenizer = chatty(tokenizers["byte-level bpe"])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    policy = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, vocab_size=len(tokenizer)))
+    for chat, ends in ((False, 1), (True, [end, 1])):
+        save_causal_lm(policy, policy.state_dict(), str(tmp_path))
+        save_tokenizer(tokenizer, str(tmp_path), chat)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert again.generation_config.eos_token_id == ends
+    own = load_tokenizer(str(tmp_path))
+    assert own.eos_token == "<|im_end|>" and data.end_id(own, True) == end
+    assert end_ids(str(tmp_path), own) == [end, 1]
