@@ -9,6 +9,8 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 ALGORITHM=${ALGORITHM:-safe_rlhf}
+# PKU averages the last 128 costs of each of its 8 ranks: 1,024 costs, which are 8 rollouts. RePO has no such average.
+WINDOW=(); [ "$ALGORITHM" = repo ] || WINDOW=(--cost-window 8)
 
 "${LAUNCH[@]}" ${ALGORITHM}_ppo.py --fsdp --dtype bf16 --activation-checkpointing --output-dir "$OUT/${ALGORITHM}_7b" --save-every 50 --keep 2 \
     --model PKU-Alignment/alpaca-7b-reproduced \
@@ -19,4 +21,4 @@ ALGORITHM=${ALGORITHM:-safe_rlhf}
     --lr 1e-5 --critic-lr 5e-6 --warmup-ratio 0.03 --weight-decay 0.01 --grad-clip 1.0 \
     --gamma 1.0 --gae-lambda 0.95 --clip 0.2 --value-clip 5.0 --score-clip 50.0 --kl-coeff 0.01 --ptx-coeff 16.0 \
     --threshold 0.0 --lambda-init 1.0 --lambda-lr 0.1 --lambda-max 5.0 \
-    "$@" "${PPO_OVERRIDES[@]}"
+    "${WINDOW[@]}" "$@" "${PPO_OVERRIDES[@]}"
