@@ -25,7 +25,6 @@ STARTED = (
     "tools.plan",
     "experiments.study",
     "experiments.figures",
-    "experiments.adapter_study",
 )
 
 # ------------------------------------------------------------------------------ flags
