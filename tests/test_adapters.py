@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import repo_ppo
 from lm import token_log_probs
-from plumbing import adapters, loading
+from plumbing import adapters, cli, loading
 from plumbing.adapters import WithoutAdapters, adapt
 from plumbing.files import InputError, read_json, read_jsonl, write_json
 from plumbing.loading import load_causal_lm, load_score_model, save_score_model
@@ -396,7 +396,6 @@ BAD = [
     ("", WEIGHTS, f"{WEIGHTS}: cannot be read"),
     ("", torch.int8, "its weights are torch.int8, and torch.float32, torch.bfloat16"),
     ("", torch.float8_e4m3fn, "its weights are torch.float8_e4m3fn, and torch.float32"),
-    ("--quantize int8 --fsdp", {}, "the frozen weights below adapters; every rank holds all of them"),
 ]
 
 
@@ -416,3 +415,12 @@ def test_what_does_not_fit_is_one_clear_line(folder, tuned, tmp_path, run_in, fl
     code, error = run_in(folder, "sft.py", *sft("qwen2", *own), *flags.split())
     assert code == 2 and message in error, error
     assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message", [("", "it needs --lora-rank"), ("--lora-rank 2 --fsdp", "every rank")]
+)
+def test_eight_bits_are_for_frozen_weights_of_one_gpu(flags, message):
+    args = repo_ppo.parse_args(["--quantize", "int8", *flags.split()])
+    with pytest.raises(InputError, match=f"for the frozen weights below adapters; {message}"):
+        cli.check_flags(args, 1)
