@@ -213,8 +213,8 @@ def load_checkpoint(args, trained: dict, extra: dict) -> dict:
 
 def save_final(args, save, model: nn.Module, tokenizer) -> None:
     """<output-dir>/model: weights by `save(model, state_dict, folder)` and tokenizer; complete or absent."""
+    from plumbing.data import save_tokenizer
     from plumbing.distributed import barrier, full_state_dict, rank
-    from plumbing.loading import save_tokenizer
 
     state = full_state_dict(model)
     check_finite(args.steps, **state)

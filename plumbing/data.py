@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken
 
 from lm import pad
-from plumbing.files import InputError, read_json, reading, reason, schema_error
+from plumbing.files import InputError, read_json, reading, reason, schema_error, write_json
 
 PREFERENCE_FIELDS = {
     "prompt": str,
@@ -259,6 +259,21 @@ def ending(tokenizer, chat_template: bool = False) -> list[int]:
     models have seen the chat template to its end, and score at its last token, often a line break."""
     whole = chat_template and getattr(tokenizer, "whole_template", False)
     return (after_answer(tokenizer) if whole else []) or [end_id(tokenizer, chat_template)]
+
+
+def save_tokenizer(tokenizer, folder: str, chat_template: bool = False) -> None:
+    """Write the tokenizer beside a saved model, and into both what ended a response in training, so that
+    transformers' generate() stops there as well: with a chat template often another id than EOS."""
+    path, end = os.path.join(folder, "generation_config.json"), end_id(tokenizer, chat_template)
+    if os.path.exists(path):
+        stored = read_json(path)
+        found = stored.get("eos_token_id")
+        found = found if isinstance(found, list) else [] if found is None else [found]
+        ends = list(dict.fromkeys([end, tokenizer.eos_token_id, *found]))
+        write_json(path, stored | {"eos_token_id": ends if len(ends) > 1 else end})
+    if end != tokenizer.eos_token_id:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.save_pretrained(folder)
 
 
 # Noncharacters, which no text holds: around what a chat template writes, and within what a text spells

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging
 
 from lm import ScoreModel, context_length, reading_part, switching_tables
-from plumbing.data import end_id
 from plumbing.files import InputError, read_json, reading, reason, write_json
 
 logging.disable_progress_bar()  # one bar per file would hide those of the scripts
@@ -118,18 +117,6 @@ def end_ids(path: str, tokenizer) -> list[int]:
     if bad := [i for i in found if type(i) is not int]:
         raise InputError(f"{file}: eos_token_id should hold ids, got {bad[0]!r}")
     return [tokenizer.eos_token_id, *(i for i in found if i != tokenizer.eos_token_id)]
-
-
-def save_tokenizer(tokenizer, folder: str, chat_template: bool = False) -> None:
-    """Write the tokenizer beside a saved model, and into both what ended a response in training, so that
-    transformers' generate() stops there as well: with a chat template often another id than EOS."""
-    path, end = os.path.join(folder, "generation_config.json"), end_id(tokenizer, chat_template)
-    if os.path.exists(path):
-        ends = list(dict.fromkeys([end, *end_ids(folder, tokenizer)]))
-        write_json(path, read_json(path) | {"eos_token_id": ends if len(ends) > 1 else end})
-    if end != tokenizer.eos_token_id:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    tokenizer.save_pretrained(folder)
 
 
 def load_config(path: str):

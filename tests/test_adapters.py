@@ -402,7 +402,6 @@ BAD = [
     ("", WEIGHTS, f"{WEIGHTS}: cannot be read"),
     ("", torch.int8, "its weights are torch.int8, and torch.float32, torch.bfloat16"),
     ("", torch.float8_e4m3fn, "its weights are torch.float8_e4m3fn, and torch.float32"),
-    ("--quantize int8 --fsdp", {}, "the frozen weights below adapters; every rank holds all of them"),
 ]
 
 
@@ -432,14 +431,3 @@ def test_eight_bits_are_for_frozen_weights_of_one_gpu(flags, message):
     args = repo_ppo.parse_args(["--quantize", "int8", *flags.split()])
     with pytest.raises(InputError, match=f"--quantize {message}"):
         cli.check_flags(args, 1)
-
-
-@pytest.mark.parametrize("tuned", ["qwen2"], indirect=True)
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_quantized_adapters_are_refused(folder, tuned, tmp_path, dtype):
-    adapter = shutil.copytree(tuned[1] / "adapter", tmp_path / "adapter")
-    quantized = {name: tensor.to(dtype) for name, tensor in load_file(adapter / WEIGHTS).items()}
-    save_file(quantized, adapter / WEIGHTS)
-    args = chosen_flags(lora_rank=4, lora_alpha=8.0)
-    with pytest.raises(InputError, match=f"its weights are {dtype}, and torch.float32, torch.bfloat16"):
-        adapt(load_causal_lm(str(folder / "start/qwen2/policy")), args, str(adapter))

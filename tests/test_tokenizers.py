@@ -22,7 +22,7 @@ import toy_world
 from lm import ScoreModel, end_scores, generate, response_mask
 from plumbing import data
 from plumbing.files import InputError, read_json, write_json
-from plumbing.loading import end_ids, load_score_model, load_tokenizer, save_causal_lm, save_tokenizer
+from plumbing.loading import end_ids, load_score_model, load_tokenizer, save_causal_lm
 
 PROMPTS = ["open a lock", "how do i call a dog that i found outside ?"]
 RESPONSES = [
@@ -378,7 +378,7 @@ def test_a_saved_model_stops_where_training_stopped(tokenizers, tmp_path):
     policy = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, vocab_size=len(tokenizer)))
     for chat, ends in ((False, 1), (True, [end, 1])):
         save_causal_lm(policy, policy.state_dict(), str(tmp_path))
-        save_tokenizer(tokenizer, str(tmp_path), chat)
+        data.save_tokenizer(tokenizer, str(tmp_path), chat)
         again = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert again.generation_config.eos_token_id == ends
     own = load_tokenizer(str(tmp_path))

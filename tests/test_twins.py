@@ -30,7 +30,9 @@ BELOW = {
     "plumbing.data": {"lm", "plumbing.files"},
     "plumbing.loading": {"lm", "plumbing.files"},
     "plumbing.adapters": {"plumbing.distributed", "plumbing.files"},
-    "plumbing.checkpoints": {f"plumbing.{name}" for name in ("adapters", "distributed", "files", "optim")},
+    "plumbing.checkpoints": {
+        f"plumbing.{name}" for name in ("adapters", "data", "distributed", "files", "optim")
+    },
     "plumbing.runs": {f"plumbing.{name}" for name in ("checkpoints", "cli", "distributed", "files")},
 }
 FURTHER = sorted(
