@@ -16,6 +16,11 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > NPROC ? $(nproc) / NPROC : 1))}
 LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC")
 if [ -n "${NNODES:-}" ]; then
+    # gloo binds to what the host's own name resolves to; on 127.0.1.1 (Debian's /etc/hosts) no other machine finds it
+    if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && getent hosts "$(hostname)" | grep -q '^127\.'; then
+        echo "this host's name resolves to itself: set GLOO_SOCKET_IFNAME to its network interface (ip -br addr)" >&2
+        exit 2
+    fi
     LAUNCH+=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR")
 else
     LAUNCH+=(--standalone)
