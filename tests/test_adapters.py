@@ -10,7 +10,7 @@ import torch
 from conftest import Started, finish, timeless
 from safetensors.torch import load_file, save_file
 from test_families import FAMILIES, build
-from test_processes import RUNS, agree, folder, launch, launch_ranks, results, stage  # noqa: F401
+from test_processes import RUNS, STAGE, agree, folder, launch, launch_ranks, results  # noqa: F401
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, BertConfig
@@ -257,7 +257,7 @@ def test_a_checkpoint_holds_what_is_trained_and_resumes_bit_identical(one, run_i
 
 
 def sft(family: str, *flags: str) -> list[str]:
-    return [*stage(family).split(), "--dataset", "data/sft.jsonl", *LORA, *flags]
+    return [*STAGE.format("sft", family).split(), *LORA, *flags]
 
 
 @pytest.fixture(scope="module", params=["gpt2", "qwen2", "gpt2 --lora-output"])
