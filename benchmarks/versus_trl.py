@@ -3,7 +3,7 @@ no PTX, on the same shapes: samples a second, and samples a second and model pas
 
     python benchmarks/versus_trl.py                                     # four shapes, fp32 and bf16
     python benchmarks/versus_trl.py --shapes 4x256 --dtypes fp32 --pairs 9
-    python benchmarks/versus_trl.py --against ../before --shapes mixed  # another checkout instead of TRL
+    python benchmarks/versus_trl.py --against ../before --shapes mixed  # a checkout of this layout, not TRL
 
 Both run as processes that take turns, step by step, with the threads that they take by themselves. A ratio is
 that of two steps which follow each other; the table tells its median and its range. What a step is: all from
@@ -194,10 +194,11 @@ def our_side(lengths: list[int], given: list[str]) -> None:
     """repo_ppo.py with responses of these lengths; it stops after every step until it is told to go on."""
     import torch
 
+    import lm
     import repo_ppo
     from plumbing import runs
 
-    turns, log, generate = Turns(), runs.RunLog, repo_ppo.generate
+    turns, log, generate = Turns(), runs.RunLog, lm.generate
 
     class Log(log):
         def __init__(self, *args):
@@ -214,7 +215,7 @@ def our_side(lengths: list[int], given: list[str]) -> None:
         uniforms[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = 0
         return generate(*inputs, uniforms)
 
-    runs.RunLog, repo_ppo.generate = Log, ending
+    runs.RunLog, lm.generate = Log, ending
     runs.run(repo_ppo.main, repo_ppo.parse_args(given))
 
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 import lm
-import repo_ppo
-import safe_rlhf_ppo
 import toy_world
 from plumbing import data
 from plumbing.files import InputError
@@ -250,12 +248,7 @@ def test_an_answer_is_no_new_prompt(tmp_path, capsys):
     assert capsys.readouterr().err.count("2 of 4 rows repeat a prompt; each is asked once") == 2
 
 
-@pytest.mark.parametrize("script", [safe_rlhf_ppo, repo_ppo])
-def test_ptx_does_not_walk_in_step_with_the_prompts(script, toy_tokenizer):
-    prompts = ["open a lock", "fix a lock", "oil a lock", "turn a lock"] * 8
-    rows = [(f"{p} " + "lock " * i, "turn") for i, p in enumerate(prompts)]
-    args = SimpleNamespace(minibatch_size=16, seed=0, max_length=99, chat_template=False, micro_batch_size=16)
-    asked = data.encode_prompts(toy_tokenizer, [rows[i][0] for i in data.batch_indices(32, 16, 0, 0)])
-    ((sequences, mask, width),) = script.ptx_batch(rows, 0, toy_tokenizer, args)
-    supervised = [row[m.bool()].tolist()[:-2] for row, m in zip(sequences, mask)]
-    assert 0 < sum(row in asked for row in supervised) < 14
+def test_ptx_has_an_order_of_its_own():
+    """As phase 6 draws it: else rows of equal files would be the minibatch's own prompts."""
+    asked, supervised = data.batch_indices(32, 16, 0, 7), data.batch_indices(32, 16, 0, -1 - 7)
+    assert sum(a == b for a, b in zip(asked, supervised)) < 4 and set(asked) != set(supervised)

@@ -143,6 +143,7 @@ def test_results_that_stand_twice_agree():
         "SFT": "sft",
         "Safe RLHF, d = 0": "safe_rlhf",
         "Safe RLHF, d = -4": "safe_rlhf_d-4",
+        "Safe RLHF at RePO's price": "safe_rlhf_price",
         "RePO, d = 0": "repo",
     }
     balanced = text("docs/results.md").split("## Balanced mix")[1].split("##")[0]

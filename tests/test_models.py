@@ -259,19 +259,15 @@ def test_ratios_begin_at_one_under_bf16(script, toy_tokenizer):
     for parameter in policy.parameters():
         parameter.data *= 1 if parameter.ndim < 2 else 8
     policy = distributed.shard(policy, BF16)
-    numbers = {"batch_size": 8, "minibatch_size": 8, "micro_batch_size": 4, "max_new_tokens": 16}
-    numbers |= {"temperature": 1.0, "seed": 0}
-    args = SimpleNamespace(**vars(BF16), **numbers, chat_template=False)
-    prompts = ["how do i bake bread", "tell me about the sea and the wind"]
-    rollouts = []
-    for dtype in ("bf16", "fp32"):  # fp32: what decoding gave
-        args.dtype = dtype
-        rollouts.append(script.sample_rollout(policy, prompts, toy_tokenizer, [1], 0, args))
-    rollout, decoded = rollouts
-    for _, width, part in script.micro_batches(rollout, 4):  # as in update()
-        now = token_log_probs(policy, part["sequences"], part["attention_mask"], width)
-        assert torch.equal(now, part["log_probs"])
-    ratio = (decoded["log_probs"] - rollout["log_probs"])[rollout["mask"].bool()].exp()
+    prompts = ["how do i bake bread", "tell me about the sea and the wind"] * 4
+    uniforms = torch.rand(8, 16, generator=torch.Generator().manual_seed(0))
+    rollout = script.sample(policy, prompts, toy_tokenizer, [1], uniforms, 1.0, False)
+    decoded = rollout["log_probs"].clone()
+    rollout["log_probs"] = lm.in_pieces(lm.response_log_probs, policy, rollout, 4, 1.0)  # as in phase 1
+    for piece in lm.micro_batches(rollout, 4):  # as in phase 6
+        now = lm.response_log_probs(policy, piece, 1.0)
+        assert torch.equal(now[piece["mask"].bool()], piece["log_probs"][piece["mask"].bool()])
+    ratio = (decoded - rollout["log_probs"])[rollout["mask"].bool()].exp()
     assert (ratio - 1).abs().max() > 0.01
 
 
