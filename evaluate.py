@@ -65,9 +65,7 @@ from plumbing.optim import check_finite
 from toy_world import HARM_LEVELS
 
 DEMO = {
-    "policies": [
-        (name, f"runs/demo/{name}/model") for name in ("sft", "safe_rlhf", "safe_rlhf_price", "repo")
-    ],
+    "policies": [(name, f"runs/demo/{name}/model") for name in ("sft", "safe_rlhf", "repo")],
     "reward_model": "runs/demo/reward_model/model",
     "cost_model": "runs/demo/cost_model/model",
     "prompts": "runs/demo/data/prompts_balanced_test.jsonl",

@@ -37,7 +37,7 @@ DASHES = [":", "--", "-.", "-"]
 DRIVES = {"safe_rlhf": "J$_C$ - d", "repo": "E[{C - d}$^+$]"}  # by "algorithm" of args.json
 DEMO = {
     "evaluation": "runs/demo/evaluation",
-    "runs": [(name, f"runs/demo/{name}") for name in ("safe_rlhf", "safe_rlhf_price", "repo")],
+    "runs": [(name, f"runs/demo/{name}") for name in ("safe_rlhf", "repo")],
     "output_dir": "runs/demo/figures",
 }
 

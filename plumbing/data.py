@@ -500,7 +500,7 @@ def scorer_ids(rollout: dict, scorers: dict, others: set[str], chat_template: bo
     for name, tokenizer in scorers.items():
         ids, mask = rollout["sequences"], rollout["attention_mask"]
         if name in others:
-            texts = rollout["prompts"], rollout["responses"], rollout["ended"]
+            texts = rollout["prompts"], rollout["responses"], rollout["ended"].tolist()
             ids, mask = (x.to(ids.device) for x in retokenize(*texts, tokenizer, chat_template))
         ids, mask, cut = close(ids, mask, rollout["ended"], tokenizer, chat_template)
         result |= {f"{name}_ids": ids, f"{name}_attention_mask": mask}

@@ -34,9 +34,12 @@ def load_tokenizers(args) -> tuple:
                 f"the {name} critic's tokenizer is not the policy's: values are per policy token. "
                 f"Give a start with the policy's tokenizer by --{name}-critic"
             )
-    second = args.second_cost_model
-    if second and not same(load_tokenizer(second), scorers["cost"]):
-        raise InputError(f"{second}: its tokenizer is not that of {args.cost_model}; both read the same ids")
+    if args.second_cost_model:
+        first, second = scorers["cost"], load_tokenizer(args.second_cost_model)
+        ends = [data.ending(own, args.chat_template) for own in (first, second)]
+        if not same(second, first) or ends[0] != ends[1] or second.context < first.context:
+            problem = f"its tokenizer is not that of {args.cost_model} (words, end or context)"
+            raise InputError(f"{args.second_cost_model}: {problem}; both read the same ids")
     return tokenizer, scorers, {name for name, own in scorers.items() if not same(own, tokenizer)}
 
 

@@ -320,7 +320,7 @@ BAD_INPUT = [
         own("reward_model.py", dataset="bad.jsonl"),
         "bad.jsonl row 1: field 'response_0' is",
     ),
-    (PPO, ("--lambda-init", "9"), "--lambda-init 9.0 is above --lambda-max 2.0"),
+    (PPO, ("--lambda-init", "21"), "--lambda-init 21.0 is above --lambda-max 20.0"),
     (PPO, ("--lambda-max", "0"), "argument --lambda-max: must be a number above 0, got 0"),
     (PPO, ("--reward-model", COST_MODEL), "a cost model, and a reward model is needed"),
     (PPO, ("--cost-model", "runs/demo/sft/model"), "no score head"),
