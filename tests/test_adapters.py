@@ -192,6 +192,7 @@ def test_of_two_cost_models_the_larger_cost_counts(folder, monkeypatch, tmp_path
     other = load_score_model("start/llama/policy", "cost", new_head=True)
     other.score_head.weight.data.neg_()
     save_score_model(other, other.state_dict(), str(tmp_path / "cost"))
+    loading.load_tokenizer("start/llama/cost").save_pretrained(tmp_path / "cost")
     flags, costs = [*RUNS["repo_ppo.py"].split(), "--lr", "0", "--critic-lr", "0", "--sample-every", "1"], {}
     models = {"one": "start/llama/cost", "other": f"{tmp_path}/cost"}
     for name, given in (*((k, ["--cost-model", v]) for k, v in models.items()), ("both", [])):

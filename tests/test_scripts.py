@@ -181,7 +181,7 @@ def test_lambda_moves_before_the_policy_does_and_once_per_rollout(demo, monkeypa
     module.main(module.parse_args([*few.split(), "--output-dir", "runs/demo/spy"]))
     log_lambda = torch.tensor(0.0, dtype=torch.float64)
     for row, lam in zip(metrics(demo, "spy"), used, strict=True):
-        log_lambda = module.multiplier_step(log_lambda, row["violation"], 0.2, 5.0)
+        log_lambda = module.multiplier_step(log_lambda, row["violation"], 0.2, 20.0)
         assert lam == row["lambda"] == pytest.approx(log_lambda.exp().item())
 
 

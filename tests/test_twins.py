@@ -102,7 +102,6 @@ def test_one_sees_the_loop(name):
     assert [
         line for line in loop if re.match(r" +# =+ 5", line)
     ]  # where the twins part, the banner is double
-    code = [line for line in loop if line.strip() and not line.strip().startswith("#")]
     assert len(loop) <= 90  # one screen and a half
     assert max(map(len, text.splitlines())) <= 110
 
