@@ -366,7 +366,7 @@ def step_metrics(rollout: dict, updates: list[dict], threshold: float) -> dict:
 
 def main(args):
     torch.manual_seed(args.seed)
-    ppo.check_flags(args)
+    ppo.check_models(args)
     tokenizer, scorer_tokenizers, retokenized = ppo.load_tokenizers(args)
     ends = [data.end_id(tokenizer, args.chat_template), *loading.end_ids(args.model, tokenizer)]
     prompts, ptx_rows = ppo.load_texts(args, tokenizer)
@@ -392,11 +392,11 @@ def main(args):
         laps = runs.Laps()
 
         # -------------------------------------------------------------- 1 rollout
-        chosen = data.batch_indices(len(prompts), args.batch_size, step, args.seed)
+        indices = data.batch_indices(len(prompts), args.batch_size, step, args.seed)
         # drawn for the global batch: a sample is the same on whichever rank it falls
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         uniforms = rank_rows(torch.rand(args.batch_size, args.max_new_tokens, generator=generator))
-        asked = rank_rows([prompts[i] for i in chosen])
+        asked = rank_rows([prompts[i] for i in indices])
         rollout = sample(policy, asked, tokenizer, ends, uniforms, args.temperature, args.chat_template)
         if args.dtype == "bf16":
             # decoding rounds otherwise than a pass over whole sequences does, so E7's ratios would not begin
@@ -427,9 +427,9 @@ def main(args):
         laps.lap("scoring")
 
         # -------------------------------------------------------------- 3 shape
-        paid = reward if args.reward_shaping is None else reward - args.reward_shaping * cost
+        score = reward if args.reward_shaping is None else reward - args.reward_shaping * cost
         token_rewards, token_costs = shape_rewards(
-            paid, cost, log_probs, ref_log_probs, mask, args.kl_coeff, args.score_clip
+            score, cost, log_probs, ref_log_probs, mask, args.kl_coeff, args.score_clip
         )  # (B, R)
         rollout["kl"] = ((log_probs - ref_log_probs) * mask).sum(-1)  # (B,)
 
@@ -459,8 +459,8 @@ def main(args):
                 rows = [ptx_rows[row] for row in order]
                 ptx = ptx_batch(rows, tokenizer, size, args.max_length, args.chat_template)
             # one model after the other, so that only one's gradients are held
-            weights = args.temperature, args.clip, args.ptx_coeff, args.grad_clip
-            metrics = update_policy(policy, optimizers["policy"], pieces, ptx, *weights)
+            options = args.temperature, args.clip, args.ptx_coeff, args.grad_clip
+            metrics = update_policy(policy, optimizers["policy"], pieces, ptx, *options)
             for name, critic in (("reward", reward_critic), ("cost", cost_critic)):
                 optimizer = optimizers[f"{name}_critic"]
                 metrics |= update_critic(critic, optimizer, pieces, name, args.value_clip, args.grad_clip)

@@ -369,7 +369,7 @@ PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, 
 
 
 def saver(args, save):
-    """The `save` of runs.save_final: `save` as it is or, with adapters, what writes both folders."""
+    """The `save` of checkpoints.save_final: `save` as it is or, with adapters, what writes both folders."""
 
     def save_both(model: nn.Module, state: dict[str, Tensor], folder: str) -> None:
         save_adapter(args, model, state)

@@ -1,6 +1,7 @@
 """Resumable checkpoints and the final model: complete or absent.
 
-torch is imported where it is used: plots.py and the experiments start through here and need none of it.
+torch is imported where it is used: runs.py imports this file, and plots.py and the experiments, which need no
+torch, import runs.py.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from plumbing.files import InputError
 from plumbing.loading import load_causal_lm, load_score_model, load_tokenizer
 
 
-def check_flags(args) -> None:
-    """Raise InputError for models that are not there, or that cannot read texts of --max-length."""
+def check_models(args) -> None:
+    """Raise InputError for models that are not there, that cannot read texts of --max-length or were trained
+    with another template, and for a first multiplier above its cap."""
     if args.lambda_init > args.lambda_max:
         raise InputError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
     cli.require(args.model, "python sft.py")
