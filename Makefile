@@ -8,7 +8,9 @@
 # make lint   ruff: rules and format of pyproject.toml
 # All create .venv and install the pinned requirements into it, if it is not there.
 
-PYTHON ?= python3
+# The first Python that fits.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$python && break; done)
 SEED   ?= 0
 DEMO   ?= runs/demo
 SEEDS  ?= 5
@@ -66,6 +68,7 @@ lint: .venv/linter
 	.venv/bin/ruff format --check
 
 .venv/installed: requirements.txt constraints.txt
+	$(if $(PYTHON),,$(error no Python from 3.11 to 3.14 was found; name one by PYTHON=...))
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
 	@touch $@

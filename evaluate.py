@@ -301,11 +301,7 @@ def add_scores(answers: dict[str, dict], key: str, folder: str, args) -> None:
 
 def main(args):
     torch.manual_seed(args.seed)
-    # an ASCII locale hands over other letters as bytes in disguise, which no file in UTF-8 can hold
-    policies = {
-        os.fsencode(name).decode("utf-8", "replace"): folder
-        for name, folder in cli.by_name("--policies", args.policies).items()
-    }
+    policies = cli.by_name("--policies", args.policies)
     for name, script in (("sft", "sft"), ("safe_rlhf", "safe_rlhf_ppo"), ("repo", "repo_ppo")):
         cli.require(policies.get(name), f"python {script}.py")
     cli.require(args.reward_model, "python reward_model.py")

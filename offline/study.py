@@ -127,7 +127,7 @@ def main(args):
     study.run_jobs(satac_jobs(args), args.jobs)
     found = results(args)
     text = table(found)
-    with writing(f"{args.output_dir}/table.md") as temporary, open(temporary, "w") as file:
+    with writing(f"{args.output_dir}/table.md") as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text + "\n")
     write_json(f"{args.output_dir}/results.json", found)
     print(text)

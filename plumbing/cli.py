@@ -55,7 +55,8 @@ def named(text: str) -> tuple[str, str]:
     name, _, path = text.partition("=")
     if not name.strip() or not path.strip():
         raise argparse.ArgumentTypeError(f"must be NAME=FOLDER, got {text!r}")
-    return name, path
+    # an ASCII locale hands over other letters as bytes in disguise, which no file in UTF-8 can hold
+    return os.fsencode(name).decode("utf-8", "replace"), path
 
 
 def by_name(flag: str, pairs: list[tuple[str, str]]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -25,6 +26,7 @@ logging.set_verbosity_error()  # what a checkpoint lacks, or has too much, is an
 
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "dropout")
 # old exports hold causal masks and rotary tables, which are computed today
+SIZES = re.compile(r"(heads?|layers?|embd|hidden_size|eps|epsilon)$")  # what cannot be below 0 in a config
 LEGACY_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
 
@@ -131,6 +133,11 @@ def load_config(path: str):
     for name in DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, 0.0)
+    for name, value in (config.to_dict() | reading_part(config).to_dict()).items():
+        if isinstance(value, int | float) and not (
+            math.isfinite(value) and (value >= 0 or not SIZES.search(name))
+        ):
+            raise InputError(f"{path}: config.json: {name} is {value}")
     if (layers := getattr(reading_part(config), "num_hidden_layers", 1)) > 1000:
         raise InputError(f"{path}: config.json asks for {layers} layers")  # it would take hours to find out
     return config

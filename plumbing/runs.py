@@ -84,6 +84,8 @@ def run(main, args) -> None:
     if grouped:
         sys.stdout.flush()
         sys.stderr.flush()
+        for held in _locks.values():  # a lock that is a file outlives its process
+            held.release()
         os._exit(code)  # at once: an orderly end would wait for ranks that sit in a collective
     raise SystemExit(code)
 
@@ -130,9 +132,10 @@ def claim_folder(args) -> None:
         if isinstance(value, str) and os.path.realpath(value) in replaced:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} {value} is what this run replaces: give another --output-dir")
-    # for args.json; the same name may stand for other rows when the run is resumed
-    data = {name: value for name, value in vars(args).items() if name.endswith("dataset") and value}
-    vars(args).update({f"{name}_rows": fingerprint(path) for name, path in data.items()})
+    # for args.json; the same name may stand for other rows or weights when the run is resumed
+    kinds = ("dataset", "model", "critic", "adapter")
+    given = {name: value for name, value in vars(args).items() if name.endswith(kinds) and value}
+    vars(args).update({f"{name}_content": fingerprint(path) for name, path in given.items()})
     args_file = os.path.join(out, "args.json")
     if not os.path.exists(args_file) or args.overwrite:
         return
@@ -147,10 +150,12 @@ def claim_folder(args) -> None:
     was, now = unknown | was, unknown | now
     changed = [name for name in now if name not in MAY_CHANGE and was[name] != now[name]]
     if changed and not args.resume_anyway:
-        flags = {name: f"--{name.removesuffix('_rows').replace('_', '-')}" for name in changed}
-        told = (f"{flag} {was[name]} -> {now[name]}" for name, flag in flags.items() if name[-5:] != "_rows")
-        rows = (f"other rows in {flag}" for name, flag in flags.items() if name[-5:] == "_rows")
-        problem = f"{out} was another run: {', '.join((*told, *rows))}"
+        told = []
+        for name in changed:
+            flag = f"--{name.removesuffix('_content').replace('_', '-')}"
+            other = f"{flag} holds something else" if name.endswith("_content") else ""
+            told.append(other or f"{flag} {was[name]} -> {now[name]}")
+        problem = f"{out} was another run: {', '.join(told)}"
         raise InputError(f"{problem}. Give its flags, or go on by --resume-anyway")
     if not complete_checkpoints(out) and os.path.exists(os.path.join(out, "model")):
         problem = "a finished run without a checkpoint (--save-every), from which nothing can go on"

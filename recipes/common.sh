@@ -14,10 +14,13 @@ NPROC=${NPROC:-8}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
 # torchrun would give each process one thread, and --cpu-offload computes its optimizer steps on the host
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > NPROC ? $(nproc) / NPROC : 1))}
+# What torchrun hands on to its processes (--signals-to-handle); by itself it would die of the last three, as this shell
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2,SIGXCPU
+trap : HUP USR1 USR2 XCPU
 LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC")
 if [ -n "${NNODES:-}" ]; then
     # gloo binds to what the host's own name resolves to; on 127.0.1.1 (Debian's /etc/hosts) no other machine finds it
-    if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && getent hosts "$(hostname)" | grep -q '^127\.'; then
+    if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && getent ahosts "$(hostname)" | grep -qE '^(127\.|::1 )'; then
         echo "this host's name resolves to itself: set GLOO_SOCKET_IFNAME to its network interface (ip -br addr)" >&2
         exit 2
     fi

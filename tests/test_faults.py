@@ -201,6 +201,7 @@ def stop(monkeypatch):
 
 
 def test_every_signal_that_announces_an_end_asks_for_a_checkpoint(stop):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background command has it ignored
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # by nohup
     checkpoints.stop_on_signals()
     signal.raise_signal(signal.SIGHUP)

@@ -115,6 +115,7 @@ MISFITS = [
     ({"name": "a", "value": True}, "field 'value' should be a finite number, got 'True'"),
     ({"name": "a", "value": "7"}, "field 'value' should be a finite number, got '7'"),
     ({"name": "a", "value": float("nan")}, "field 'value' should be a finite number, got 'nan'"),
+    ({"name": "a", "value": 10**400}, f"field 'value' should be a finite number, got '1{'0' * 39}'"),
     ({"name": "\ud83d", "value": 1}, "field 'name' holds half a surrogate pair, which no tokenizer reads"),
     ({"name": "a", "value": 1}, None),
     ({"name": "a", "value": -0.5, "more": None}, None),

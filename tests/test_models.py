@@ -1,6 +1,7 @@
 """Score models, checkpoints, sampling and log-probabilities, on tiny GPT-2, Llama and Qwen2 models."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +162,16 @@ def test_rows_that_have_ended_are_dropped_and_the_others_do_not_notice(policy, p
 # ------------------------------------------------------------------------------ log-probabilities
 
 
+def cuts(result: torch.Tensor, kind: str) -> int:
+    """The operations of a kind that the gradient of `result` passes."""
+    seen, nodes = set(), [result.grad_fn]
+    while nodes:
+        if (node := nodes.pop()) is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    return sum(kind in node.name() for node in seen)
+
+
 @pytest.mark.parametrize("rows", [5, 2])  # two at a time: in three pieces
 def test_token_log_probs_are_cross_entropy_with_its_gradient(policy, monkeypatch, rows):
     torch.manual_seed(6)
@@ -170,6 +181,8 @@ def test_token_log_probs_are_cross_entropy_with_its_gradient(policy, monkeypatch
     logits = policy(sequences, attention_mask=mask).logits[:, 3:-1]
     theirs = -cross_entropy(logits.flatten(0, 1), sequences[:, 4:].flatten(), reduction="none").view(5, 5)
     torch.testing.assert_close(ours, theirs)
+    # a slice's backward pass would fill a gradient of all logits, each piece anew: one split for all of them
+    assert cuts(ours, "Split") - cuts(logits, "Split") == (rows < 5)
     weights = list(policy.parameters())
     for a, b in zip(torch.autograd.grad(ours.sum(), weights), torch.autograd.grad(theirs.sum(), weights)):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -368,6 +381,8 @@ MISFITS = [
     ({"add": {"model.extra": torch.zeros(1)}}, "superfluous.*extra"),
     ({"drop": ("normalizer.var",)}, "asks for normalized scores, and normalizer.var is missing"),
     ({"add": {"normalizer.mean": torch.zeros(2)}}, "cannot be read"),
+    ({"config": {"num_attention_heads": -4}}, "config.json: num_attention_heads is -4"),
+    ({"config": {"rms_norm_eps": math.nan}}, "config.json: rms_norm_eps is nan"),
 ]
 
 

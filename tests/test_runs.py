@@ -16,7 +16,7 @@ import pytest
 from conftest import ENVIRONMENT, ROOT
 
 from plumbing import checkpoints, cli, optim, runs
-from plumbing.files import InputError, fingerprint, write_json
+from plumbing.files import InputError, fingerprint, read_json, write_json
 
 STAGES = ("sft", "reward_model", "cost_model", "safe_rlhf_ppo", "repo_ppo", "evaluate", "plots")
 
@@ -162,9 +162,17 @@ def test_epochs_become_steps(capsys):
 
 
 def arguments(folder, **changes) -> argparse.Namespace:
-    flags = {"steps": 5, "seed": 0, "lr": 0.1, "model": "m", "micro_batch_size": 4, "save_every": 0}
+    flags = {
+        "steps": 5,
+        "seed": 0,
+        "lr": 0.1,
+        "ranks": 2,
+        "micro_batch_size": 4,
+        "save_every": 0,
+        "price": None,
+    }
     flags |= dict.fromkeys(("fsdp", "overwrite", "resume", "resume_anyway", "tensorboard"), False)
-    flags |= {"dataset": f"{folder}/rows.jsonl", "output_dir": str(folder), "price": None}
+    flags |= {"output_dir": str(folder), "model": f"{folder}/start", "dataset": f"{folder}/rows.jsonl"}
     return argparse.Namespace(**flags | changes)
 
 
@@ -172,6 +180,8 @@ def arguments(folder, **changes) -> argparse.Namespace:
 def used(tmp_path):
     """A folder in which a run of these flags has logged a line and saved after step 3."""
     (tmp_path / "rows.jsonl").write_text("1\n2\n")
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start/weights").write_text("1")
     args = arguments(tmp_path)
     runs.claim_folder(args)
     write_json(f"{tmp_path}/args.json", vars(args))
@@ -188,8 +198,8 @@ CLAIMS = [  # flags, what is said of them; None: the folder is theirs
     (ON | {"overwrite": True}, "--overwrite starts afresh and --resume goes on: give one"),
     (ON, None),  # and where, on what and for how long it runs, it may do otherwise:
     (ON | {"fsdp": True, "micro_batch_size": 2, "save_every": 7, "steps": 9}, None),
-    (ON | {"lr": 0.2, "model": "n"}, "was another run: --lr 0.1 -> 0.2, --model m -> n. Give its flags, or"),
-    ({"resume_anyway": True, "lr": 0.2, "model": "n"}, None),
+    (ON | {"lr": 0.2, "ranks": 3}, "was another run: --lr 0.1 -> 0.2, --ranks 2 -> 3. Give its flags, or"),
+    ({"resume_anyway": True, "lr": 0.2, "ranks": 3}, None),
     (ON | {"price": 0.0}, "--price None -> 0.0"),  # a price of 0 is not no price
     (ON | {"new_flag": None}, "--new-flag unknown -> None"),  # nobody knows what the run did
 ]
@@ -210,9 +220,12 @@ def test_what_is_in_the_folder_decides(used, tmp_path_factory):
     runs.claim_folder(arguments(used / "some/where"))
     assert (used / "some/where").is_dir()
     (used / "rows.jsonl").write_text("1\n3\n")  # as many bytes, under the same name
-    with pytest.raises(InputError, match="was another run: other rows in --dataset. Give"):
+    (used / "start/weights").write_text("2")
+    both = "was another run: --model holds something else, --dataset holds something else. Give"
+    with pytest.raises(InputError, match=both):
         runs.claim_folder(arguments(used, resume=True))
     (used / "rows.jsonl").write_text("1\n2\n")
+    (used / "start/weights").write_text("1")
     (used / "checkpoints/step-3").rmdir()
     runs.claim_folder(arguments(used, resume=True))  # stopped before its first checkpoint: from the start
     (used / "model").mkdir()
@@ -264,6 +277,41 @@ def test_where_files_cannot_be_locked_one_that_is_there_stands_for_it(tmp_path, 
     assert other is not runs._locks[str(tmp_path)]
 
 
+def test_such_a_lock_goes_with_a_rank_that_leaves_at_once(tmp_path):
+    """runs.run ends a process of torchrun's by os._exit, which tidies nothing up."""
+    code = (
+        "from types import SimpleNamespace\nimport filelock\nfrom plumbing import runs\n"
+        "runs._locks['.'] = filelock.SoftFileLock('.lock.file'); runs._locks['.'].acquire()\n"
+        "runs.run(lambda args: print(runs.os.listdir()), SimpleNamespace(fsdp=False, cudnn_attention=False))"
+    )
+    ranks = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    options = {"cwd": tmp_path, "env": ENVIRONMENT | ranks | {"PYTHONPATH": str(ROOT)}, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **options, capture_output=True)
+    assert (done.stdout, done.returncode) == ("['.lock.file']\n", 0), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_in_another_alphabet_is_read_under_an_ascii_locale(tmp_path):
+    """And told on a stdout that has no such letters."""
+    code = (
+        "import sys\nfrom types import SimpleNamespace\nfrom plumbing import cli, files, runs\n"
+        "def main(args):\n    name, _ = cli.named(sys.argv[1])\n    files.write_json(args.to, name)\n"
+        "    print(name)\n"
+        "runs.run(main, SimpleNamespace(to='name.json'))"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    options = {"cwd": tmp_path, "env": ENVIRONMENT | ascii_only, "capture_output": True}
+    done = subprocess.run([sys.executable, "-c", code, "安全=runs/x"], **options)
+    assert (done.stdout, done.returncode) == (b"??\n", 0), done.stderr
+    assert read_json(f"{tmp_path}/name.json") == "安全"
+
+
 # ------------------------------------------------------------------------------ what a run writes
 
 
@@ -281,7 +329,7 @@ def test_an_old_run_goes_only_when_the_new_one_has_its_first_line(used, monkeypa
     assert {p: p.is_file() and p.read_bytes() for p in used.rglob("*")} == before
     runs.RunLog(arguments(used, seed=1), "x", ()).metrics(0, {"cost": 1.5})
     assert json.loads((used / "args.json").read_text())["seed"] == 1
-    assert {p.name for p in used.iterdir()} == {".lock", "rows.jsonl", "args.json", "metrics.jsonl"}
+    assert {p.name for p in used.iterdir()} == {".lock", "rows.jsonl", "start", "args.json", "metrics.jsonl"}
 
 
 def test_tensorboard_gets_every_metric_and_a_resumed_run_replaces_its_steps(tmp_path, monkeypatch):

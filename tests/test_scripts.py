@@ -13,6 +13,7 @@ import torch
 from conftest import Started, finish, metrics, timeless
 from safetensors.torch import load_file, save_file
 
+from plumbing import data
 from plumbing.files import read_json, read_jsonl
 
 ROB = "how do i open a lock to rob my neighbour ?"
@@ -176,9 +177,12 @@ def test_lambda_moves_before_the_policy_does_and_once_per_rollout(demo, monkeypa
     module = importlib.import_module(module)
     used, original = [], getattr(module, function)
     monkeypatch.setattr(module, function, lambda *args: used.append(args[2]) or original(*args))
+    orders, rows_of = set(), data.batch_indices
+    monkeypatch.setattr(data, "batch_indices", lambda *args: orders.add(args[-1]) or rows_of(*args))
     monkeypatch.chdir(demo)
     few = "--steps 3 --batch-size 8 --minibatch-size 4 --ppo-epochs 2 --lambda-lr 0.2"
     module.main(module.parse_args([*few.split(), "--output-dir", "runs/demo/spy"]))
+    assert orders == {0, -1}  # PTX's is its own: equal files would else supervise the minibatch's own prompts
     log_lambda = torch.tensor(0.0, dtype=torch.float64)
     for row, lam in zip(metrics(demo, "spy"), used, strict=True):
         log_lambda = module.multiplier_step(log_lambda, row["violation"], 0.2, 20.0)
@@ -445,6 +449,14 @@ def test_every_figure_shows_0_and_all_costs(costs):
         low, high = getattr(figure.axes[0], f"get_{axis}lim")()
         assert low < min(0, *costs, 0) and max(0, *costs, 0) < high, draw
         figure.savefig("/dev/null", format="png")
+        plots.plt.close(figure)
+    log = {"step": 0, "cost": costs[0], "reward": costs[-1], "unsafe_rate": 0.5, "lambda": 1.0, "kl": 0.0}
+    args = {"threshold": 0.0, "batch_size": 8, "cost_window": 1, "algorithm": "safe_rlhf"}
+    logs = {"sft": (args, [log | {"violation": cost} for cost in costs])}
+    for draw in (plots.training, plots.multiplier, plots.kl):
+        figure = draw(logs, style, 1)
+        low, high = figure.axes[0].get_ylim()
+        assert low < high and figure.savefig("/dev/null", format="png") is None
         plots.plt.close(figure)
 
 
