@@ -12,7 +12,7 @@ and cost are added, so that "safe" is checked and not only estimated.
     best-safe share     sum of R(x, y) over the safe responses / sum of R(x, best safe response) (toy world)
     threshold advice    the first policy's cost quantiles, and the limit d that they suggest for Safe RLHF
 
-    python evaluate.py                                                    # the demo's three policies
+    python evaluate.py                                         # SFT, Safe RLHF and RePO of the demo
     python evaluate.py --policies alpaca=PKU-Alignment/alpaca-7b-reproduced repo=runs/repo_7b/model \\
         --reward-model PKU-Alignment/beaver-7b-v1.0-reward --cost-model PKU-Alignment/beaver-7b-v1.0-cost ...
 
@@ -33,9 +33,9 @@ from lm import end_scores, generate, is_end, pad, response_mask
 from plumbing import cli, runs
 from plumbing.cli import count, finite, named, nonnegative, share
 from plumbing.data import (
-    close,
     decode_responses,
     encode_prompts,
+    end_as_trained,
     end_id,
     keep_fitting,
     load_prompts,
@@ -291,7 +291,7 @@ def add_scores(answers: dict[str, dict], key: str, folder: str, args) -> None:
             else:
                 prompts, texts = ([row[key] for row in rows] for key in ("prompt", "response"))
                 ids, mask = retokenize(prompts, texts, ended, tokenizer, args.chat_template)
-            ids, mask, cut = close(ids, mask, ended, tokenizer, args.chat_template)
+            ids, mask, cut = end_as_trained(ids, mask, ended, tokenizer, args.chat_template)
             ids, mask = ids.to(device()), mask.to(device())
             scores = end_scores(model(ids, mask), mask)
             check_finite(f"{folder}, answers of {name} from {start}", **{key: scores})

@@ -87,6 +87,7 @@ class ScoreModel(nn.Module):
             raise InputError(f"score_type is reward, cost or critic, not {score_type!r}")
         self.backbone, self.config = backbone, backbone.config
         self.score_type, self.do_normalize = score_type, do_normalize
+        self.context = context_length(self.config)
         text = reading_part(self.config)
         width = getattr(text, "word_embed_proj_dim", text.hidden_size)  # OPT-350m projects at its end
         self.score_head = nn.Linear(width, 1, bias=bias)
@@ -104,7 +105,7 @@ class ScoreModel(nn.Module):
         """(B, L) ids and mask -> (B, L) float32 scores; columns of padding hold no meaning."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        limit = context_length(self.config)
+        limit = self.context  # the width first: to ask for the sum would wait for the GPU
         if input_ids.shape[1] > limit and (longest := int(attention_mask.sum(-1).max())) > limit:
             raise InputError(f"{self.score_type} model: a text has {longest} tokens and its context {limit}")
         hidden = self.backbone(

@@ -474,7 +474,7 @@ def retokenize(
     return pad(rows, other.pad_token_id, "right")
 
 
-def close(
+def end_as_trained(
     ids: torch.Tensor, mask: torch.Tensor, ended: torch.Tensor, tokenizer, chat_template: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids and mask (B, L) of responses, `ended` (B,) or cut off -> (B, L') as the score model with this
@@ -502,7 +502,7 @@ def scorer_ids(rollout: dict, scorers: dict, others: set[str], chat_template: bo
         if name in others:
             texts = rollout["prompts"], rollout["responses"], rollout["ended"].tolist()
             ids, mask = (x.to(ids.device) for x in retokenize(*texts, tokenizer, chat_template))
-        ids, mask, cut = close(ids, mask, rollout["ended"], tokenizer, chat_template)
+        ids, mask, cut = end_as_trained(ids, mask, rollout["ended"], tokenizer, chat_template)
         result |= {f"{name}_ids": ids, f"{name}_attention_mask": mask}
         result["scorer_cut"] |= cut
     return result

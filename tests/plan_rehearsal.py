@@ -1,4 +1,4 @@
-"""The memory plan (tools/plan.py) against a rehearsal: repo_ppo.py's own functions, from `shard` to `update`,
+"""The memory plan (tools/plan.py) against a rehearsal: the functions of repo_ppo.py and plumbing/ppo.py,
 on a 7B configuration and 8 GPUs' worth of ranks, with fake tensors, a fake process group and torch's tracker.
 
     .venv/bin/python tests/plan_rehearsal.py [--layers 32] [--world 8] [flags of repo_ppo.py]
@@ -79,7 +79,7 @@ def fake_run(world: int):
 
 
 def six_models(config, args) -> tuple:
-    """repo_ppo.py's own six, of this configuration, with random weights."""
+    """plumbing/ppo.py's own six, of this configuration, with random weights."""
 
     def language_model(path: str, dtype, on_meta: bool):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -1,11 +1,9 @@
 """tools.plan: bytes counted on fake tensors are the real ones; sums by hand; a 7B shape against a tracker."""
 
 import argparse
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoModel, Gemma3Config, GPT2Config, LlamaConfig, Qwen2Config
 
 from lm import position_ids
@@ -13,7 +11,6 @@ from plumbing.files import InputError
 from plumbing.loading import DROPOUTS
 from tools import plan
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 64}
 GPT2 = {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 100, "n_positions": 64}

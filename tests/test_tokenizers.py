@@ -305,7 +305,7 @@ def test_a_hugging_face_reward_model_is_read_where_transformers_reads_it(tokeniz
         ids = own(text, add_special_tokens=False, return_tensors="pt").input_ids
         want = theirs(ids).logits[0]
         pairs = data.encode_texts(own, [("open a lock", response)], chat_template=True)
-        ids, mask, _ = data.close(*lm.pad(pairs, 0, "right"), torch.tensor([True]), own, True)
+        ids, mask, _ = data.end_as_trained(*lm.pad(pairs, 0, "right"), torch.tensor([True]), own, True)
         torch.testing.assert_close(end_scores(ours(ids, mask), mask), want)
 
 
@@ -313,7 +313,7 @@ def test_a_text_beyond_a_score_models_context_is_cut_off_and_counted(tokenizers)
     own = copy.deepcopy(tokenizers["byte-level bpe"])
     own.context = 20
     ids, mask = data.retokenize(["open a lock"] * 2, ["turn keys . " * 9, "oil"], [True, True], own)
-    cut_ids, cut_mask, cut = data.close(ids, mask, torch.tensor([True, True]), own)
+    cut_ids, cut_mask, cut = data.end_as_trained(ids, mask, torch.tensor([True, True]), own)
     assert cut.tolist() == [True, False] and cut_mask.sum(1).tolist() == [20, int(mask[1].sum())]
     assert torch.equal(cut_ids[0][cut_mask[0].bool()], ids[0, :20])
 

@@ -210,7 +210,7 @@ def models_of(args) -> tuple[dict[str, tuple[Shape, bool]], str]:
         }
         if args.second_cost_model:
             models["second cost model"] = (frozen(args.second_cost_model, False), False)
-        if args.lora_rank:  # one set of weights with its twin (plumbing/ppo.py)
+        if args.lora_rank:  # one set of weights with its critic or policy (plumbing/ppo.py)
             for name, own in (
                 ("reference", ""),
                 ("reward model", args.reward_critic),
