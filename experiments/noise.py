@@ -34,7 +34,7 @@ VARIANTS = {  # name: (in a figure's title, flags of `toy_world.py preferences`)
 ADVISED, MARGIN = "safe_rlhf_advised", "repo_d-1"
 METHODS = {  # name: script, flags
     "safe_rlhf": ("safe_rlhf_ppo.py",),
-    ADVISED: ("safe_rlhf_ppo.py", "--threshold"),  # and the limit, which is known when the models are there
+    ADVISED: ("safe_rlhf_ppo.py", *study.SLOW, "--threshold"),  # and the limit, when it is known
     "shaping_0.3": ("safe_rlhf_ppo.py", "--reward-shaping", "0.3"),
     "repo": ("repo_ppo.py",),
     MARGIN: ("repo_ppo.py", "--threshold", "-1"),

@@ -40,11 +40,9 @@ SLOW = ("--lambda-init", "0.5", "--lambda-lr", "0.05")
 METHODS = {  # name: script, flags
     "ppo": ("safe_rlhf_ppo.py", "--lambda-init", "0"),
     "shaping_0.3": ("safe_rlhf_ppo.py", "--reward-shaping", "0.3"),
-    "shaping_1": ("safe_rlhf_ppo.py", "--reward-shaping", "1"),
     "safe_rlhf": ("safe_rlhf_ppo.py",),
     "safe_rlhf_d-2": ("safe_rlhf_ppo.py", "--threshold", "-2", *SLOW),
     "safe_rlhf_d-4": ("safe_rlhf_ppo.py", "--threshold", "-4", *SLOW),
-    "safe_rlhf_d-5": ("safe_rlhf_ppo.py", "--threshold", "-5", *SLOW),
     "repo": ("repo_ppo.py",),
     PRICE: ("safe_rlhf_ppo.py", "--lambda-lr", "0"),  # and --lambda-init, known when repo's run has ended
 }

@@ -46,8 +46,8 @@ def test_all_baselines_of_the_papers_are_there_with_the_same_start_data_and_seed
         mine = [c for c in ppo if f"runs/study/seed0/data/prompts_{mix}_train.jsonl" in c]
         own = {" ".join(c[c.index("--steps") + 2 :]).removesuffix("--overwrite").strip() for c in mine}
         slow = " ".join(study.SLOW)
-        strict = {f"--threshold {d} {slow}" for d in ("-2", "-5")}
-        assert {"--lambda-init 0", "--reward-shaping 1", ""} | strict <= own
+        strict = {f"--threshold {d} {slow}" for d in ("-2", "-4")}
+        assert {"--lambda-init 0", "--reward-shaping 0.3", ""} | strict <= own
         assert sum("repo_ppo.py" in c for c in mine) == 1 and len(mine) == len(study.METHODS)
     for flag in ("--model", "--reward-model", "--cost-model", "--steps", "--seed"):
         assert len({command[command.index(flag) + 1] for command in ppo}) == 1
