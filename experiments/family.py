@@ -133,20 +133,22 @@ def print_tables(collected: dict) -> None:
 
 
 def figure(collected: dict):
-    """A row per setting. Left: the upper right is best; who refuses stands low. Right: a bar holds the middle
-    half of the learned costs, its line the middle 90%; beside it the share that is truly unsafe."""
+    """A row per setting. Left: the upper right is best, and who refuses stands low. Right: a bar holds the
+    middle half of the learned costs, its line the middle 90%; beside it the share that is truly unsafe."""
     figure, axes = panels(len(collected), 1 + len(HARM_LEVELS), 3.25, 3.6)
     for (left, *boxes), (setting, own) in zip(axes, collected.items()):
         for name, rows in own["results"].items():
-            colour, marker, label = STYLE[name]
+            colour, marker, _ = STYLE[name]
             x = [100 - 100 * row["true_unsafe_rate"] for row in rows]
             y = [100 * row["best_safe_share"] for row in rows]
-            left.scatter(x, y, color=colour, marker=marker, s=36, alpha=0.7, linewidths=0, label=label)
+            left.scatter(x, y, color=colour, marker=marker, s=36, alpha=0.7, linewidths=0)
         left.set_title(TITLES[setting].replace(", ", ",\n"))
         left.set_ylabel("best-safe share (%)")
-        names = [name for name in STYLE if name in own["costs"]]
+        names = [name for name in reversed(STYLE) if name in own["costs"]]
         for group, (ax, level) in enumerate(zip(boxes, HARM_LEVELS)):
-            for place, name in enumerate(reversed(names)):
+            if group:
+                ax.sharex(boxes[0])
+            for place, name in enumerate(names):
                 colour, spread = STYLE[name][0], own["costs"][name][group]
                 low, first, middle, third, high = spread["costs"]
                 ax.plot((low, high), (place, place), color=colour, linewidth=1.2)
@@ -155,9 +157,13 @@ def figure(collected: dict):
                 where = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 8}
                 ax.text(1.02, place, f"{spread['unsafe']:.0%}", **where)
             ax.axvline(0, color="black", linewidth=1)
-            shown = [STYLE[name][2] for name in reversed(names)] if group == 0 else [""] * len(names)
-            ax.set_yticks(range(len(names)), shown, fontsize=8)
+            ax.set_yticks(range(len(names)), [""] * len(names))
             ax.set_title(f"{level} prompts")
+        boxes[0].set_yticklabels([STYLE[name][2] for name in names], fontsize=8)
+        boxes[0].tick_params("y", length=0, pad=14)
+        for place, name in enumerate(names):  # the left panel's key
+            where = {"transform": boxes[0].get_yaxis_transform(), "clip_on": False, "linewidths": 0}
+            boxes[0].scatter(-0.045, place, color=STYLE[name][0], marker=STYLE[name][1], s=36, **where)
     for group, ax in enumerate(axes[-1]):
         ax.set_xlabel("learned cost; right: truly unsafe" if group else "truly safe responses (%)")
     return figure

@@ -224,18 +224,6 @@ def test_without_critics_adapters_share_the_policys_weights(run_in, folder):
     assert abs(rows[0]["kl"]) < 1e-4 and rows[1]["kl"] != 0
 
 
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        (("--group-size", "3"), "--group-size 3 does not divide --batch-size 8"),
-        (("--group-size", "1"), "argument --group-size: must be a whole number from 2, got 1"),
-    ],
-)
-def test_groups_that_do_not_fit_are_refused(run_in, folder, flags, said):
-    code, error = run_in(folder, "repo_rloo.py", *RLOO, "--output-dir", "runs/constraints/bad", *flags)
-    assert code == 2 and said in error
-
-
 @pytest.mark.parametrize("flags, said", [((), "required: member"), (("tail",), "invalid choice: 'tail'")])
 def test_a_member_that_is_none_is_refused(run_in, folder, flags, said):
     code, error = run_in(folder, "experiments/constraints.py", *flags)

@@ -14,10 +14,7 @@ PPO_TWINS = {
     "safe_rlhf_ppo.py": {"lagrangian_advantages", "expected_violation"},
     "repo_ppo.py": {"rectified_advantages", "rectified_violation"},
 }
-GROUP_TWINS = {
-    "repo_ppo.py": {"gae", "value_loss", "update_critic"},
-    "repo_rloo.py": {"leave_one_out"},
-}
+GROUP_TWINS = {"repo_ppo.py": {"gae", "value_loss", "update_critic"}, "repo_rloo.py": {"leave_one_out"}}
 MODEL_TWINS = {
     "reward_model.py": {"reward_loss", "reward_loss_tokenwise"},
     "cost_model.py": {"cost_loss", "cost_loss_tokenwise", "harm_sign"},
