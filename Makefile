@@ -1,6 +1,7 @@
 # make demo   the whole toy pipeline, on a CPU, ends in figures (SEED=1 DEMO=runs/seed1 for another run)
 # make study  the papers' experiments on the toy world: five seeds, three mixes, every baseline (SEEDS=1 for the impatient)
 # make study-noise  the same methods with annotators who err (SEEDS=2 for the impatient)
+# make constraints  the family of constraints, and RePO without critics (SEEDS=1 for the impatient)
 # make rounds after the study: fresh preferences, models and policy, three rounds in all
 # make satac  the offline relative: data, SATAC and its baselines on one mix, table and figure (SATAC_SEEDS=5 for a spread)
 # make bench  against TRL (put under runs/trl), in short: fp32, one pair of steps a shape; benchmarks/RESULTS.md
@@ -34,7 +35,7 @@ export OMP_WAIT_POLICY ?= passive
 STUDY := runs/study
 SATAC_SEEDS ?= 1
 
-.PHONY: demo study study-noise rounds satac bench test lint
+.PHONY: demo study study-noise constraints rounds satac bench test lint
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -50,6 +51,9 @@ study: .venv/installed
 
 study-noise: .venv/installed
 	@$(PY) -m experiments.noise --seeds $(SEEDS)
+
+constraints: .venv/installed
+	@$(PY) -m experiments.family --seeds $(SEEDS) --output-dir $(STUDY)
 
 rounds: .venv/installed
 	@$(PY) -m experiments.study rounds --seeds $(SEEDS) --output-dir $(STUDY)

@@ -92,12 +92,14 @@ def last_lambda(run: str) -> Later:
 
 
 def job(makes: str, needs: list[str], script: str, *flags) -> dict:
-    """One command of a shell: it can run when every path in `needs` is there, and is done when `makes` is."""
+    """One command of a shell: it can run when every path in `needs` is there, and is done when `makes` is.
+    `script` is a file, or a module with what follows its name."""
     folder = os.path.dirname(makes)
     if trains := os.path.basename(folder) == "model":  # of a run, whose folder is the one above
         folder = os.path.dirname(folder)
         flags += ("--overwrite",)  # what a stopped command left
-    start = [sys.executable, *([script] if script.endswith(".py") or script == "-c" else ["-m", script])]
+    module = not script.endswith(".py") and script != "-c"
+    start = [sys.executable, *(["-m", *script.split()] if module else [script])]
     later = [flag for flag in flags if isinstance(flag, Later)]
     words = (str(word) if word in later else shlex.quote(str(word)) for word in (*start, *flags))
     needs = needs + [flag.after for flag in later]
@@ -168,14 +170,21 @@ def study_jobs(args, mixes=tuple(MIXES), methods: dict = METHODS, evaluation="ev
         data, sft = f"{folder}/data", f"{folder}/sft/model"
         jobs += world_jobs(folder, seed) + score_model_jobs(folder, sft, [sft], seed)
         for mix in mixes:
-            for name, (script, *flags) in methods.items():
-                flags += ["--lambda-init", last_lambda(f"{folder}/{mix}/repo")] * (name == PRICE)
-                run, scored = f"{folder}/{mix}/{name}", scores(folder)
-                jobs.append(ppo_job(run, script, sft, scored, data, mix, seed, args, *flags))
-            policies = {"sft": sft} | {name: f"{folder}/{mix}/{name}/model" for name in methods}
-            output = f"{folder}/{mix}/{evaluation}"
-            jobs += evaluation_jobs(output, policies, scores(folder), data, mix, seed, args)
+            place = scores(folder), data, mix, seed, args
+            jobs += method_jobs(f"{folder}/{mix}", methods, evaluation, sft, *place)
     return jobs
+
+
+def method_jobs(folder, methods: dict, evaluation, start: str, scored, data, mix, seed, args, more=()):
+    """A run of every method from the policy `start`, in `folder`, all with the flags `more`; and the
+    evaluation of all."""
+    jobs, policies = [], {"sft": start}
+    for name, (script, *flags) in methods.items():
+        flags += ["--lambda-init", last_lambda(f"{folder}/repo")] * (name == PRICE)
+        run = f"{folder}/{name}"
+        jobs.append(ppo_job(run, script, start, scored, data, mix, seed, args, *flags, *more))
+        policies[name] = f"{run}/model"
+    return jobs + evaluation_jobs(f"{folder}/{evaluation}", policies, scored, data, mix, seed, args)
 
 
 def rounds_jobs(args, mixes=ROUND_MIXES) -> list[dict]:
@@ -356,6 +365,8 @@ COLUMNS = {  # name: heading, scale, digits
     "refused_borderline": ("borderline, %", 100, 1),
     "refused_harmful": ("harmful, %", 100, 1),
     "kl": ("KL of the last rollout", 1, 1),
+    "first_lambda": ("first lambda", 1, 2),
+    "seconds": ("seconds a rollout", 1, 2),
 }
 RESULTS = tuple(COLUMNS)[:9]
 AT_PRICE = (

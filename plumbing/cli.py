@@ -31,6 +31,7 @@ def number(kind: type, wanted: str, fits):
 
 count = number(int, "a whole number from 1", lambda x: 1 <= x < 2**31)
 whole = number(int, "a whole number from 0", lambda x: 0 <= x < 2**31)
+several = number(int, "a whole number from 2", lambda x: 2 <= x < 2**31)
 finite = number(float, "a number", lambda x: True)
 positive = number(float, "a number above 0", lambda x: x > 0)
 nonnegative = number(float, "a number from 0", lambda x: x >= 0)
@@ -199,6 +200,8 @@ def check_flags(args, ranks: int) -> None:
         size = args.minibatch_size = min(args.minibatch_size, args.batch_size)
         if args.batch_size % size:
             raise InputError(f"--minibatch-size {size} does not divide --batch-size {args.batch_size}")
+    if hasattr(args, "group_size") and args.batch_size % args.group_size:
+        raise InputError(f"--group-size {args.group_size} does not divide --batch-size {args.batch_size}")
     for name in ("batch_size", "minibatch_size"):
         if (size := getattr(args, name, ranks)) % ranks:
             raise InputError(f"{flag(name)} {size} cannot be dealt evenly to {ranks} processes")

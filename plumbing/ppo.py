@@ -1,4 +1,4 @@
-"""What both PPO scripts need before their loop: checks, tokenizers, prompts and the six models."""
+"""What the PPO scripts need before their loop: checks, tokenizers, prompts and the models."""
 
 from functools import partial
 
@@ -9,6 +9,12 @@ from plumbing.files import InputError
 from plumbing.loading import load_causal_lm, load_score_model, load_tokenizer
 
 
+def critics(args) -> dict[str, str | None]:
+    """What --reward-critic and --cost-critic name, by kind; {} for a script without critics."""
+    flags = {kind: f"{kind}_critic" for kind in ("reward", "cost")}
+    return {kind: getattr(args, flag) for kind, flag in flags.items() if hasattr(args, flag)}
+
+
 def check_models(args) -> None:
     """Raise InputError for models that are not there, that cannot read texts of --max-length or were trained
     with another template, and for a first multiplier above its cap."""
@@ -17,7 +23,7 @@ def check_models(args) -> None:
     cli.require(args.model, "python sft.py")
     cli.require(args.reward_model, "python reward_model.py")
     cli.require(args.cost_model, "python cost_model.py")
-    further = args.second_cost_model, args.reward_critic, args.cost_critic
+    further = args.second_cost_model, *critics(args).values()
     for path in filter(None, (args.model, args.reward_model, args.cost_model, *further)):
         loading.check_context(loading.load_config(path), args.max_length, path)
         cli.check_template(args, path)
@@ -29,7 +35,7 @@ def load_tokenizers(args) -> tuple:
     tokenizer = load_tokenizer(args.model)
     same = partial(data.same_tokenizer, chat_template=args.chat_template)
     scorers = {"reward": load_tokenizer(args.reward_model), "cost": load_tokenizer(args.cost_model)}
-    for name, critic in (("reward", args.reward_critic), ("cost", args.cost_critic)):
+    for name, critic in critics(args).items():
         if not same(load_tokenizer(critic) if critic else scorers[name], tokenizer):
             raise InputError(
                 f"the {name} critic's tokenizer is not the policy's: values are per policy token. "
@@ -70,16 +76,20 @@ def critic_and_score_model(kind: str, args) -> tuple:
     if args.lora_rank and not own:
         critic = shard(adapt(load_score_model(path, kind, **load_options(args)), args), args)
         return critic, WithoutAdapters(critic)
-    score_model = frozen(partial(load_score_model, path, kind), args)
+    scorer = score_model(path, kind, args)
     critic = load_score_model(own or path, "critic", new_head=bool(own), **load_options(args))
-    return shard(adapt(critic, args), args), score_model
+    return shard(adapt(critic, args), args), scorer
+
+
+def score_model(path: str, kind: str, args):
+    """The frozen score model of `kind`, "reward" or "cost", in `path`."""
+    return frozen(partial(load_score_model, path, kind), args)
 
 
 def second_cost_model(args):
     """Frozen, or None: a policy may find answers that fool its cost model, and another one may see through
     them (worst-case optimization, Coste et al. 2023, 2310.02743)."""
-    path = args.second_cost_model
-    return frozen(partial(load_score_model, path, "cost"), args) if path else None
+    return score_model(args.second_cost_model, "cost", args) if args.second_cost_model else None
 
 
 def frozen(load, args):

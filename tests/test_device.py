@@ -48,6 +48,8 @@ RUNS = {  # name -> script, flags; a run that is called "resumed" goes on with t
     "safe_rlhf": ("safe_rlhf_ppo.py", *PPO, "--steps", "2"),
     "safe_rlhf resumed": ("safe_rlhf_ppo.py", *PPO, "--steps", "3", "--resume"),
     "repo with adapters": ("repo_ppo.py", *PPO, "--steps", "2", "--lora-rank", "4"),
+    "rloo": ("repo_rloo.py", *PPO, "--steps", "2"),
+    "dominance": ("experiments/constraints.py", "dominance", *PPO, "--steps", "2", "--threshold", "-1"),
 }
 
 

@@ -3,13 +3,13 @@
 import ast
 import difflib
 import importlib
+import inspect
 import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from plumbing import runs
 
@@ -21,7 +21,7 @@ CODE = [
     for folder in (".", "plumbing", "offline", "tools", "experiments", "benchmarks")
     for path in (ROOT / folder).glob("*.py")
 ]
-MADE_BY_A_PAGE = {"tail_ppo.py", "runs/mine/my_data.py", "runs/mine/my_tokenizer.py"}
+MADE_BY_A_PAGE = {"runs/mine/my_data.py", "runs/mine/my_tokenizer.py"}
 
 
 def text(name: str) -> str:
@@ -185,6 +185,7 @@ TRAINED = {
     "cost_model.py": "cost",
     "safe_rlhf_ppo.py": "safe_rlhf",
     "repo_ppo.py": "repo",
+    "repo_rloo.py": "rloo",
 }
 
 
@@ -262,7 +263,7 @@ def logged(folder: Path, script: str) -> set[str]:
 
 @pytest.mark.parametrize("script", TRAINED)
 def test_every_logged_metric_is_explained(own_data, script):
-    section = "PPO" if "ppo" in script else "Supervised"
+    section = "PPO" if script.startswith(("safe_rlhf", "repo")) else "Supervised"
     assert logged(own_data, script) <= explained(section) | explained("On a GPU")
 
 
@@ -279,14 +280,41 @@ def test_every_number_of_an_evaluation_is_explained(own_data):
 # ------------------------------------------------------------------------------ docs/extending.md
 
 
-def third_twin() -> str:
-    """repo_ppo.py with the functions and the lines of docs/extending.md in the place of its own."""
-    script, (functions, *_) = text("repo_ppo.py"), blocks("docs/extending.md", "python")
-    for name, new in zip(
-        ("rectified_advantages", "rectified_violation"), ast.parse(functions).body, strict=True
-    ):
-        node = next(n for n in ast.parse(script).body if getattr(n, "name", None) == name)
-        script = script.replace(ast.get_source_segment(script, node), ast.get_source_segment(functions, new))
+def test_the_page_shows_a_member_as_it_is():
+    from experiments import constraints
+
+    (shown,) = blocks("docs/extending.md", "python")
+    functions = [function for function in ast.parse(shown).body if isinstance(function, ast.FunctionDef)]
+    assert len(functions) == 2
+    for function in functions:
+        assert ast.get_source_segment(shown, function) + "\n" == inspect.getsource(
+            getattr(constraints, function.name)
+        )
+
+
+def test_the_page_names_every_member_and_counts_its_lines():
+    from experiments import constraints
+
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|[^|]*\|$", text("docs/extending.md"), re.M)
+    assert [name for name, _ in rows] == list(constraints.MEMBERS)
+    pairs = dict(rows)
+    for name, (pair, *_) in constraints.MEMBERS.items():
+        if callable(pair):  # bound to a run
+            short = name.split("_")[0]
+            pair = [getattr(constraints, f"{short}_{part}") for part in ("violation", "advantages")]
+        lines = 0
+        for function in pair:
+            source = inspect.getsource(function)
+            node = ast.parse(source).body[0]
+            lines += node.end_lineno - node.body[0].end_lineno
+        assert int(pairs[name]) == lines, name
+    lines = [len(text(script).splitlines()) for script in ("repo_ppo.py", "repo_rloo.py")]
+    assert f"{lines[0] - lines[1]} lines shorter" in " ".join(text("docs/extending.md").split())
+
+
+def with_additions() -> str:
+    """experiments/constraints.py with those of docs/extending.md."""
+    script = text("experiments/constraints.py")
     for hunk in blocks("docs/extending.md", "diff")[0].strip("\n").split("\n\n"):
         lines = hunk.splitlines()
         before, after = (
@@ -297,42 +325,13 @@ def third_twin() -> str:
     return script
 
 
-@pytest.fixture(scope="module")
-def tail(tmp_path_factory):
-    """The third script as a module."""
-    folder = tmp_path_factory.mktemp("third")
-    (folder / "tail_ppo.py").write_text(third_twin())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        yield importlib.import_module("tail_ppo")
-
-
-def test_the_third_constraint_trains(tail, own_data, monkeypatch):
+def test_a_member_of_ones_own_trains(own_data, monkeypatch):
     monkeypatch.chdir(own_data)
     monkeypatch.setattr(runs, "stop_on_signals", lambda: None)
-    run(tail, [*own_data_command("repo_ppo.py"), "--output-dir", "runs/mine/tail", "--alpha", "0.5"])
-    one, other = map(json.loads, Path("runs/mine/tail/metrics.jsonl").read_text().splitlines())
-    before = json.loads(Path("runs/mine/repo/metrics.jsonl").read_text().splitlines()[0])
-    assert one["cost"] == before["cost"] and one["violation"] != before["violation"]  # the same first rollout
-    assert one["violation"] > one["cost"]  # the worst half of the costs is above their mean, and d is 0
-    assert one["reward"] != other["reward"]
-
-
-def test_the_third_constraint_is_safe_rlhf_at_one_end_and_has_a_tail_at_the_other(tail):
-    import safe_rlhf_ppo
-
-    cost = torch.tensor([-3.0, -1.0, 2.0, 4.0])
-    reward_adv, cost_adv = torch.tensor([[5.0, 2.0, 3.0, 4.0], [-1.0, 0.0, 1.0, 2.0]])[..., None]
-    everything = tail.tail_advantages(reward_adv, cost_adv, 2.0, cost, 0.0)
-    assert torch.equal(everything, safe_rlhf_ppo.lagrangian_advantages(reward_adv, cost_adv, 2.0))
-    assert tail.tail_violation(cost, 0.5, 0.0) == safe_rlhf_ppo.expected_violation(cost, 0.5) == 0.0
-    worst = tail.tail_advantages(reward_adv, cost_adv, 2.0, cost, 0.5)
-    assert worst[:, 0].tolist() == [5.0, 2.0, pytest.approx((3 - 2 * 1) / 3), pytest.approx((4 - 2 * 2) / 3)]
-    assert tail.tail_violation(cost, 0.5, 0.5) == 2.5  # (2 + 4) / 2 - 0.5
-
-
-def test_the_page_counts_the_third_constraint_s_lines_rightly():
-    before, after = text("repo_ppo.py").splitlines(), third_twin().splitlines()
-    steps = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
-    changed = sum(i2 - i1 + j2 - j1 for kind, i1, i2, j1, j2 in steps if kind != "equal")
-    assert f"{changed} changed lines" in text("docs/extending.md")
+    Path("with_mine.py").write_text(with_additions())
+    monkeypatch.syspath_prepend(own_data)
+    mine = importlib.import_module("with_mine")
+    run(mine, ["share", *own_data_command("repo_ppo.py"), "--output-dir", "runs/mine/share"])
+    one, two = map(json.loads, Path("runs/mine/share/metrics.jsonl").read_text().splitlines())
+    assert one["violation"] == pytest.approx(one["over_limit_rate"] - 0.05) and one["reward"] != two["reward"]
+    assert (one["lambda"] > 1) == (one["violation"] > 0) and one["lambda"] != 1

@@ -36,6 +36,7 @@ RUNS = {  # every family of models in some script, PPO with two of them
     "cost_model.py": STAGE.format("pairs", "qwen2") + EVALUATED,
     "safe_rlhf_ppo.py": STAGE.format("sft", "gpt2") + PPO.format("gpt2"),
     "repo_ppo.py": STAGE.format("sft", "llama") + PPO.format("llama"),
+    "repo_rloo.py": STAGE.format("sft", "qwen2") + PPO.format("qwen2"),
 }
 
 
@@ -96,7 +97,8 @@ def agree(folder: Path, script: str, name: str, *others: str) -> None:
 
 @pytest.mark.parametrize("script", RUNS)
 def test_one_process_two_and_two_sharded_agree(folder, script):
-    sharded = ("--fsdp", "--activation-checkpointing", *(("--offload-frozen",) if "ppo" in script else ()))
+    frozen = ("--offload-frozen",) if "--cost-model" in RUNS[script] else ()
+    sharded = ("--fsdp", "--activation-checkpointing", *frozen)
     # at most three processes at a time on two cores
     finish(launch(folder, script, "one"), *launch_ranks(folder, script, "two", 2))
     finish(*launch_ranks(folder, script, "sharded", 2, *sharded))

@@ -18,13 +18,15 @@ from conftest import ENVIRONMENT, ROOT
 from plumbing import checkpoints, cli, optim, runs
 from plumbing.files import InputError, fingerprint, read_json, write_json
 
-STAGES = ("sft", "reward_model", "cost_model", "safe_rlhf_ppo", "repo_ppo", "evaluate", "plots")
+STAGES = ("sft", "reward_model", "cost_model", "safe_rlhf_ppo", "repo_ppo", "repo_rloo", "evaluate", "plots")
 
 # ------------------------------------------------------------------------------ flags
 
+WHOLE = ("count", "whole", "several")
 NUMBERS = [  # what fits, what does not
     ("count", "1 7 2147483647", "0 -1 1.5 1e3 nan x 2147483648"),
     ("whole", "0 7", "-1 0.5 inf x"),
+    ("several", "2 7", "1 0 2.5 x"),
     ("finite", "-3 0 1e-5", "nan inf -inf x"),
     ("positive", "1e-9 5", "0 -1 nan inf x"),
     ("nonnegative", "0 0.1 5e-6", "-0.1 nan inf"),
@@ -47,7 +49,7 @@ def test_a_number_flag_takes_its_range_and_nothing_else(name, good, bad, capsys)
     parser.add_argument("--flag", type=kind)
     for text in good.split():
         value = parser.parse_args([f"--flag={text}"]).flag
-        assert value == float(text) and type(value) is (int if name in ("count", "whole") else float)
+        assert value == float(text) and type(value) is (int if name in WHOLE else float)
     for text in bad.split():
         line = refusal(parser.parse_args, [f"--flag={text}"], capsys)
         assert line == f"x.py: error: argument --flag: must be {kind.wanted}, got {text}"
@@ -124,6 +126,7 @@ TOGETHER = [  # flags, what is said of them; None: nothing
     ({"max_new_tokens": 7, "max_length": 8}, None),
     ({"minibatch_size": 6, "batch_size": 8}, "--minibatch-size 6 does not divide --batch-size 8"),
     ({"ranks": 3, "batch_size": 8}, "--batch-size 8 cannot be dealt evenly to 3 processes"),
+    ({"group_size": 3, "batch_size": 8}, "--group-size 3 does not divide --batch-size 8"),
     ({"ranks": 2, "batch_size": 8, "minibatch_size": 32}, None),  # a small rollout is one minibatch
     ({"adapter": "a/adapter", "model": "b/../a/model", "lora_rank": 4}, "a/adapter merged into it"),
 ]

@@ -526,6 +526,7 @@ def test_critics_with_another_tokenizer_are_refused(demo, run_in):
     few = (*few, "--cost-model", other)
     code, line = run_in(demo, "repo_ppo.py", *few)
     assert code == 2 and "the cost critic's tokenizer is not the policy's" in line
-    # with a critic of its own the same cost model is fine: responses are retokenized for it
+    # without critics it is fine, and with one of its own, too: responses are retokenized for it
+    assert run_in(demo, "repo_rloo.py", *few, "--output-dir", "runs/demo/rloo_retokenized")[0] == 0
     few = (*few, "--second-cost-model", other)
     assert run_in(demo, "repo_ppo.py", *few, "--cost-critic", COST_MODEL)[0] == 0

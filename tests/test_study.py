@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, ROOT
 
-from experiments import noise, seeds, study
+from experiments import family, noise, seeds, study
 from offline import study as satac_study
 from plumbing.files import InputError, write_json, write_jsonl
 
 args = argparse.Namespace(seeds=2, steps=3, samples=1, output_dir="runs/study", mixes=["mild", "unsafe"])
 PAIRS = study.study_jobs(args, (seeds.MIX,), seeds.METHODS, "evaluation_pair")
 JOBS = {"study": study.study_jobs(args), "rounds": study.rounds_jobs(args), "noise": noise.noise_jobs(args)}
-JOBS |= {"seeds": PAIRS, "satac": satac_study.satac_jobs(args)}
+JOBS |= {"seeds": PAIRS, "satac": satac_study.satac_jobs(args), "family": family.family_jobs(args)}
 
 
 def test_every_command_finds_what_it_needs_and_no_file_is_made_in_two_ways():
@@ -33,6 +33,8 @@ def test_every_command_finds_what_it_needs_and_no_file_is_made_in_two_ways():
             _, first, second, *_ = words = shlex.split(job["command"])
             script = second.replace(".", "/") + ".py" if first == "-m" else first
             declared = (ROOT / script).read_text() + (ROOT / "plumbing/cli.py").read_text()
+            if script == "experiments/constraints.py":  # a script's flags follow
+                declared += (ROOT / "repo_rloo.py").read_text()
             assert all(f'"{word}"' in declared for word in words[3:] if word.startswith("--")), job
 
 
@@ -208,6 +210,48 @@ def test_the_noise_studys_table_and_figure(capsys, row):
     assert "true sign right in 99.0 ± 0.0%" in out and "advised limit is -4.2 ± 0.4" in out
     assert out.count("| repo |") == 5 and out.count(f"| {noise.MARGIN} |") == 2
     assert noise.figure(results).axes[0].get_title() == "5% of the labels flipped"
+
+
+def test_the_family_starts_alike_and_shares_the_twins_runs():
+    planned = {job["makes"]: shlex.split(job["command"]) for job in JOBS["family"]}
+    other = {job["makes"] for name in ("study", "noise") for job in JOBS[name]}
+    for setting, (mix, methods) in family.SETTINGS.items():
+        folder = family.folder_of("runs/study/seed1", setting)
+        commands = {name: planned[f"{folder}/{name}/model/config.json"] for name in methods}
+        for flag in ("--model", "--reward-model", "--cost-model", "--dataset", "--steps", "--seed"):
+            assert len({command[command.index(flag) + 1] for command in commands.values()}) == 1
+        assert f"prompts_{mix}_train" in " ".join(commands["cvar"])
+        assert "noise" in " ".join(commands["cvar"]) or setting != family.FLIPPED
+        shared = {name for name in methods if f"{folder}/{name}/model/config.json" in other}
+        assert {"safe_rlhf", "repo"} <= shared and "cvar" not in shared
+        assert f"{folder}/repo/metrics.jsonl" in " ".join(commands[study.PRICE])
+    assert set(family.STYLE) == {"sft", *family.MEMBERS, *family.FURTHER}
+
+
+def test_the_familys_table_and_figure(tmp_path, row, capsys):
+    """Costs 0 to 100 have their percentiles; a line of the table ends with the seconds of its rollouts."""
+    answers = [
+        {"policy": "sft", "harm_level": k % 3, "cost": k // 3, "true_cost": k // 3 - 50} for k in range(303)
+    ]
+    write_jsonl(f"{tmp_path}/responses.jsonl", answers)
+    costs = family.costs_of([str(tmp_path)])["sft"]
+    assert costs[1] == {"costs": [5.0, 25.0, 50.0, 75.0, 95.0], "unsafe": 50 / 101}
+    write_jsonl(f"{tmp_path}/metrics.jsonl", [{"seconds_rollout": 1, "seconds_update": k} for k in (1, 9, 2)])
+    assert family.seconds(str(tmp_path)) == 3
+    collected = {}
+    for setting, (_, methods) in family.SETTINGS.items():
+        results = {name: [row | {"seconds": 3.0}] * 2 for name in methods}
+        collected[setting] = {
+            "results": {"sft": [row]} | results,
+            "costs": dict.fromkeys(("sft", *methods), costs),
+        }
+    family.print_tables(collected)
+    out = capsys.readouterr().out
+    assert out.count("| cvar | 25.0 ± 0.0 |") == 3 and out.count("| rloo |") == 1
+    assert out.count("| 0.50 ± 0.00 | 1.26 ± 0.00 | 0.3 ± 0.0 | 3.00 ± 0.00 |") == 7 * 3 + 3
+    axes = family.figure(collected).axes
+    assert len(axes) == 12 and axes[1].get_title() == "benign prompts"
+    assert [text.get_text() for text in axes[1].get_yticklabels()][-1] == "SFT (initial)"
 
 
 def test_the_bootstrap_resamples_pairs():

@@ -14,11 +14,13 @@ PPO_TWINS = {
     "safe_rlhf_ppo.py": {"lagrangian_advantages", "expected_violation"},
     "repo_ppo.py": {"rectified_advantages", "rectified_violation"},
 }
+GROUP_TWINS = {"repo_ppo.py": {"gae", "value_loss", "update_critic"}, "repo_rloo.py": {"leave_one_out"}}
 MODEL_TWINS = {
     "reward_model.py": {"reward_loss", "reward_loss_tokenwise"},
     "cost_model.py": {"cost_loss", "cost_loss_tokenwise", "harm_sign"},
 }
-STAGES = ("sft.py", "reward_model.py", "cost_model.py", *PPO_TWINS, "evaluate.py", "plots.py", "toy_world.py")
+MODELS = ("sft.py", "reward_model.py", "cost_model.py")
+STAGES = (*MODELS, *PPO_TWINS, "repo_rloo.py", "evaluate.py", "plots.py", "toy_world.py")
 # of this repository, what a file of the lower storeys may import; the scripts may import all of it
 BELOW = {
     "lm": {"plumbing.files"},
@@ -82,6 +84,13 @@ def test_the_ppo_twins_share_every_function_but_the_constraint(first, name):
     assert changed_lines(first, name) <= 80
 
 
+@pytest.mark.parametrize("first, name", pairs(GROUP_TWINS))
+def test_without_critics_repo_is_the_same_and_shorter(first, name):
+    check_shared(first, name, GROUP_TWINS, {"parse_args", "main"})
+    assert len(source(name).splitlines()) <= len(source(first).splitlines()) - 60
+    assert declared_flags(name) - declared_flags(first) == {"group-size"}
+
+
 @pytest.mark.parametrize("first, name", pairs(MODEL_TWINS))
 def test_the_model_twins_share_their_frame(first, name):
     filled_in = {"parse_args", "pair_batch", "batch_loss", "evaluate", "main"}
@@ -92,7 +101,7 @@ def test_the_model_twins_share_their_frame(first, name):
 PHASES = ("1 rollout", "2 score", "3 shape", "4 advantages", "5 constraint", "6 update", "7 log and save")
 
 
-@pytest.mark.parametrize("name", PPO_TWINS)
+@pytest.mark.parametrize("name", [*PPO_TWINS, "repo_rloo.py"])
 def test_one_sees_the_loop(name):
     text = source(name)
     assert len(re.findall(r"^# =+ the constraint$", text, re.M)) == 1

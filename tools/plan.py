@@ -30,7 +30,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from lm import PIECE, position_ids, reading_part
-from plumbing import cli, runs
+from plumbing import cli, ppo, runs
 from plumbing.adapters import Int8, adapt, adapted
 from plumbing.cli import count, positive
 from plumbing.distributed import blocks
@@ -205,19 +205,15 @@ def models_of(args) -> tuple[dict[str, tuple[Shape, bool]], str]:
             "reference": (frozen(args.model, True), False),
             "reward model": (frozen(args.reward_model, False), False),
             "cost model": (frozen(args.cost_model, False), False),
-            "reward critic": (trained(args.reward_critic or args.reward_model, False), True),
-            "cost critic": (trained(args.cost_critic or args.cost_model, False), True),
         }
+        critics = ppo.critics(args)
+        for kind, own in critics.items():
+            models[f"{kind} critic"] = (trained(own or getattr(args, f"{kind}_model"), False), True)
         if args.second_cost_model:
             models["second cost model"] = (frozen(args.second_cost_model, False), False)
         if args.lora_rank:  # one set of weights with its critic or policy (plumbing/ppo.py)
-            for name, own in (
-                ("reference", ""),
-                ("reward model", args.reward_critic),
-                ("cost model", args.cost_critic),
-            ):
-                if not own:
-                    del models[name]
+            for name in ("reference", *(f"{kind} model" for kind, own in critics.items() if not own)):
+                del models[name]
         return models, "ppo"
     pairs = hasattr(args, "eval_dataset")
     return {"model": (trained(args.model, not pairs), True)}, "pairs" if pairs else "supervised"
@@ -321,7 +317,7 @@ def enough(args, world: int, memory: float, steps: list[tuple[str, dict]]) -> li
     return []
 
 
-SCRIPTS = ("sft.py", "reward_model.py", "cost_model.py", "safe_rlhf_ppo.py", "repo_ppo.py")
+SCRIPTS = ("sft.py", "reward_model.py", "cost_model.py", "safe_rlhf_ppo.py", "repo_ppo.py", "repo_rloo.py")
 
 
 def parse_args(argv=None):
