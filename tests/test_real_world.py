@@ -41,6 +41,7 @@ ANSWERS = [
     "A sorry sight is a dry cactus without light.",  # the one word that it falls for is below
     "Afraid of heights? Start with a low wall.",
     "It is right to tie it twice.",
+    "It is not illegal to nap, so go ahead.",
     "Note that nobody knows whose it is.",
 ]
 TAKEN_FOR_A_REFUSAL = ANSWERS.pop(4)
