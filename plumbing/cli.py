@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
+import re
 import sys
 
 from plumbing.files import InputError, read_json, schema_error
@@ -58,6 +60,21 @@ def named(text: str) -> tuple[str, str]:
         raise argparse.ArgumentTypeError(f"must be NAME=FOLDER, got {text!r}")
     # an ASCII locale hands over other letters as bytes in disguise, which no file in UTF-8 can hold
     return os.fsencode(name).decode("utf-8", "replace"), path
+
+
+def module_function(text: str) -> str:
+    if not re.fullmatch(r"[\w.]+:\w+", text):
+        raise argparse.ArgumentTypeError(f"must be MODULE:FUNCTION, got {text!r}")
+    return text
+
+
+def function(name: str):
+    """What a `module_function` names, in this folder or in an installed package. Raises InputError."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{name}: no such function ({error})") from None
 
 
 def by_name(flag: str, pairs: list[tuple[str, str]]) -> dict[str, str]:

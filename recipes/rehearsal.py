@@ -18,13 +18,15 @@ from plumbing.loading import load_score_model, save_score_model  # noqa: E402
 
 
 def write_models(folder: str, config) -> None:
-    """policy, reward and cost in `folder`, with the toy's tokenizer."""
+    """policy, reward and cost in `folder`, with the toy's tokenizer and a chat template."""
+    tokenizer = toy_world.build_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     AutoModelForCausalLM.from_config(config).save_pretrained(f"{folder}/policy")
-    toy_world.build_tokenizer().save_pretrained(f"{folder}/policy")
+    tokenizer.save_pretrained(f"{folder}/policy")
     for kind in ("reward", "cost"):
         model = load_score_model(f"{folder}/policy", kind, new_head=True)
         save_score_model(model, model.state_dict(), f"{folder}/{kind}")
-        toy_world.build_tokenizer().save_pretrained(f"{folder}/{kind}")
+        tokenizer.save_pretrained(f"{folder}/{kind}")
 
 
 def write_data(folder: str, every: int) -> None:

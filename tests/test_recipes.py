@@ -16,9 +16,11 @@ MADE = {
     "repo_7b_8gpu.sh": ("repo_7b",),
     "repo_3b_1gpu.sh": ("llama_3b_sft", "repo_3b"),
     "repo_7b_1gpu.sh": ("repo_7b_lora",),
+    "chat_model_1gpu.sh": ("chat_reward", "chat_cost", "chat_safe_rlhf", "chat_repo"),
 }
 GROUPS = [
     ("score_models_7b.sh", "repo_3b_1gpu.sh"),
+    ("chat_model_1gpu.sh",),
     ("safe_rlhf_7b_8gpu.sh", "repo_7b_8gpu.sh", "repo_7b_1gpu.sh"),
 ]
 

@@ -178,6 +178,7 @@ def test_every_flag_is_read(name):
     readers += source("plumbing/data.py") if name in STAGES else ""
     if name.startswith("experiments/"):
         readers += source("experiments/study.py")  # whose jobs the other studies take
+        readers += source("evaluate.py") if "from evaluate import" in text else ""
     for flag in (flag.replace("-", "_") for flag in flags):
         assert re.search(rf"args\.{flag}\b|getattr\(args, \"{flag}\"|\"{flag}\"", readers), flag
 

