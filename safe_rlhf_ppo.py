@@ -245,7 +245,7 @@ def sample(
         sequences, log_probs = lm.generate(
             sampler, ids, prompt_mask, longest, temperature, 1.0, ends, padding, uniforms.to(device())
         )
-    del sampler  # under bf16 a copy of the weights
+    del sampler  # under bf16 and with adapters it has weights of its own
     mask = lm.response_mask(sequences[:, width:], ends)  # (B, R)
     last = lm.is_end(sequences[:, width:], ends)  # (B, R)
     spoken = (mask.bool() & ~last).tolist()  # from the GPU at once: row by row it would wait for it B times
