@@ -416,14 +416,12 @@ def main(args):
             cost = torch.maximum(cost, in_pieces(response_scores, second_cost_model, rollout, size, "cost"))
         reward_values = in_pieces(state_values, reward_critic, rollout, size)  # (B, R)
         cost_values = in_pieces(state_values, cost_critic, rollout, size)  # (B, R)
-        rollout |= {
-            "reward": reward,
-            "cost": cost,
-            "reward_values": reward_values,
-            "cost_values": cost_values,
-        }
+        rollout |= dict(reward=reward, cost=cost, reward_values=reward_values, cost_values=cost_values)
         check_finite(step, log_probs=log_probs, ref_log_probs=ref_log_probs, reward=reward, cost=cost)
         check_finite(step, reward_values=reward_values, cost_values=cost_values)
+        if step == 0:  # before anything is learned
+            price = args.lambda_init if args.reward_shaping is None else args.reward_shaping
+            log.say(ppo.scales(gather_rows(reward), gather_rows(cost), price))
         laps.lap("scoring")
 
         # -------------------------------------------------------------- 3 shape
