@@ -214,7 +214,7 @@ def sample(
         sequences, log_probs = lm.generate(
             sampler, ids, prompt_mask, longest, temperature, 1.0, ends, padding, uniforms.to(device())
         )
-    del sampler  # under bf16 a copy of the weights
+    del sampler  # under bf16 and with adapters it has weights of its own
     mask = lm.response_mask(sequences[:, width:], ends)  # (B, R)
     last = lm.is_end(sequences[:, width:], ends)  # (B, R)
     spoken = (mask.bool() & ~last).tolist()  # from the GPU at once: row by row it would wait for it B times
@@ -362,6 +362,8 @@ def main(args):
             cost = torch.maximum(cost, in_pieces(response_scores, second_cost_model, rollout, size, "cost"))
         rollout |= {"reward": reward, "cost": cost}
         check_finite(step, log_probs=log_probs, ref_log_probs=ref_log_probs, reward=reward, cost=cost)
+        if step == 0:  # before anything is learned
+            log.say(ppo.scales(gather_rows(reward), gather_rows(cost), args.lambda_init))
         laps.lap("scoring")
 
         # -------------------------------------------------------------- 3 shape

@@ -245,7 +245,7 @@ def sample(
         sequences, log_probs = lm.generate(
             sampler, ids, prompt_mask, longest, temperature, 1.0, ends, padding, uniforms.to(device())
         )
-    del sampler  # under bf16 a copy of the weights
+    del sampler  # under bf16 and with adapters it has weights of its own
     mask = lm.response_mask(sequences[:, width:], ends)  # (B, R)
     last = lm.is_end(sequences[:, width:], ends)  # (B, R)
     spoken = (mask.bool() & ~last).tolist()  # from the GPU at once: row by row it would wait for it B times
@@ -416,14 +416,12 @@ def main(args):
             cost = torch.maximum(cost, in_pieces(response_scores, second_cost_model, rollout, size, "cost"))
         reward_values = in_pieces(state_values, reward_critic, rollout, size)  # (B, R)
         cost_values = in_pieces(state_values, cost_critic, rollout, size)  # (B, R)
-        rollout |= {
-            "reward": reward,
-            "cost": cost,
-            "reward_values": reward_values,
-            "cost_values": cost_values,
-        }
+        rollout |= dict(reward=reward, cost=cost, reward_values=reward_values, cost_values=cost_values)
         check_finite(step, log_probs=log_probs, ref_log_probs=ref_log_probs, reward=reward, cost=cost)
         check_finite(step, reward_values=reward_values, cost_values=cost_values)
+        if step == 0:  # before anything is learned
+            price = args.lambda_init if args.reward_shaping is None else args.reward_shaping
+            log.say(ppo.scales(gather_rows(reward), gather_rows(cost), price))
         laps.lap("scoring")
 
         # -------------------------------------------------------------- 3 shape

@@ -4,6 +4,7 @@ no PTX, on the same shapes: samples a second, and samples a second and model pas
     python benchmarks/versus_trl.py                                     # four shapes, fp32 and bf16
     python benchmarks/versus_trl.py --shapes 4x256 --dtypes fp32 --pairs 9
     python benchmarks/versus_trl.py --against ../before --shapes mixed  # a checkout of this layout, not TRL
+    python benchmarks/versus_trl.py --against ../before --shapes gpt2 --lora-rank 16
 
 Both run as processes that take turns, step by step, with the threads that they take by themselves. A ratio is
 that of two steps which follow each other; the table tells its median and its range. What a step is: all from
@@ -183,11 +184,12 @@ class Turns:
 # ------------------------------------------------------------------------------ the two sides
 
 
-def ours(folder: Path, shape: Shape, dtype: str, root: Path = ROOT) -> Steps:
-    """Steps of the repo_ppo.py at `root`."""
+def ours(folder: Path, shape: Shape, dtype: str, rank: int, root: Path = ROOT) -> Steps:
+    """Steps of the repo_ppo.py at `root`, with adapters of this rank."""
     output = tempfile.mkdtemp(dir=folder)
     command = [sys.executable, __file__, "--ours", str(root), str(folder / "lengths.json")]
-    return Steps([*command, *shape.flags(str(folder), dtype), "--output-dir", output], Path(f"{output}.log"))
+    command += [*shape.flags(str(folder), dtype), "--lora-rank", str(rank), "--output-dir", output]
+    return Steps(command, Path(f"{output}.log"))
 
 
 def our_side(lengths: list[int], given: list[str]) -> None:
@@ -323,10 +325,10 @@ def compare(shape: Shape, dtype: str, args) -> list[tuple[dict, dict]]:
         folder = Path(base)
         build(folder, shape)
         if args.against:
-            b = ours(folder, shape, dtype, Path(args.against).resolve())
+            b = ours(folder, shape, dtype, args.lora_rank, Path(args.against).resolve())
         else:
             b = theirs(folder, shape, dtype, environment(Path(args.environment)))
-        a = ours(folder, shape, dtype)
+        a = ours(folder, shape, dtype, args.lora_rank)
         for side in (a, b):
             side.read()
         taken = [(a.step(), b.step()) for _ in range(args.pairs + 1)][1:]
@@ -394,5 +396,6 @@ if __name__ == "__main__":
     flag("--pairs", type=cli.count, default=5, help="counted steps of each side")
     flag("--environment", default=str(ROOT / "runs/trl/env"), help="TRL's, made if it is not there")
     flag("--against", help="instead of TRL's, the repo_ppo.py of another checkout in this folder")
+    flag("--lora-rank", type=cli.whole, default=0, help="adapters on our side, or with --against on both")
     flag("--output", help="write everything as JSON")
     main(parser.parse_args())

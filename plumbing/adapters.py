@@ -8,6 +8,7 @@ and reference, a critic and the score model that it started from. Each pair is o
     adapt             freeze a model and give it adapters; a score model's head is trained, too
     WithoutAdapters   the same weights as they were at the start, called like a model of its own
     merged            W + (alpha / r) B A in place of W: a model that knows nothing of adapters
+    Adapter.folded    the same of one layer: what samples (`gathered` of distributed.py) has it as its weight
     saver             writes model/, merged, and adapter/ in the layout of Hugging Face's PEFT
 
 A policy that goes on with a saved adapter (--adapter) keeps a copy of it: that one is its start.
@@ -93,6 +94,19 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (A, B), y = self.matrices(), self.base_layer(x)
         return y if A is None else y + F.linear(self.scale * F.linear(x, A), B)
+
+    def plus(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """W + (alpha / r) B A, shaped as W. In float32: a sum in bf16 would lose most of the small term."""
+        A, B = (B.T, A.T) if self.transposed else (A, B)
+        return (self.scale * B @ A).add_(weight)
+
+    @property
+    def folds(self) -> bool:
+        """Whether there is room for a second W: not where the first is held in 8 bits for want of it."""
+        return not isinstance(self.base_layer, Int8)
+
+    def folded(self) -> Tensor:
+        return self.plus(self.base_layer.weight, self.A, self.B)
 
     def __getattr__(self, name: str):
         if name in ("weight", "bias"):  # some state-space layers compute with them, and do not call the layer
@@ -235,18 +249,16 @@ def adapted(model: nn.Module, kind: type = Adapter) -> dict[str, nn.Module]:
 
 
 def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The full state dict of a model with adapters, which is used up, -> that of one without. In float32:
-    a sum in bf16 would lose most of the small term."""
+    """The full state dict of a model with adapters, which is used up, -> that of one without, in float32."""
     whole = {}
     for name in list(state):
         tensor = state.pop(name)
         whole[name] = tensor.float() if tensor.is_floating_point() else tensor
     for name, layer in adapted(model).items():
         A, B = whole.pop(f"{name}.A"), whole.pop(f"{name}.B")
-        term = layer.scale * B @ A
         base = layer.base_layer
         weight = base.whole() if isinstance(base, Int8) else whole.pop(f"{name}.base_layer.weight")
-        whole[f"{name}.weight"] = weight + (term.T if layer.transposed else term)
+        whole[f"{name}.weight"] = layer.plus(weight, A, B)
         if (bias := whole.pop(f"{name}.base_layer.bias", None)) is not None:
             whole[f"{name}.bias"] = bias
     for name, module in adapted(model, TiedEmbedding).items():

@@ -234,25 +234,30 @@ def gathered(model: nn.Module):
     """The whole model on every rank, to sample with: a forward pass uses no collective, so that ranks may
     sample responses of different lengths without waiting for each other. What it yields computes by the same
     weights in the same dtype, and without the hooks and wrappers of training, which take Python more time at
-    every token than a block takes a GPU."""
+    every token than a block takes a GPU. Adapters are folded into copies of their layers' weights, but not
+    beside a gathered model: it takes as much room itself."""
     units = [m for m in model.modules() if hasattr(m, "unshard")]
     for unit in units:
         unit.unshard()
     try:
-        yield unwrapped(model, getattr(model, "autocast_to", None), {})
+        yield unwrapped(model, getattr(model, "autocast_to", None), {}, fold=not units)
     finally:
         for unit in units:
             unit.reshard()
 
 
-def unwrapped(module: nn.Module, dtype: torch.dtype | None, made: dict) -> nn.Module:
-    """A module of the same tensors (cast to `dtype`, if one is given) without hooks and checkpoint wrappers.
+def unwrapped(module: nn.Module, dtype: torch.dtype | None, made: dict, fold: bool) -> nn.Module:
+    """A module of the same tensors (cast to `dtype`, if one is given) without hooks and checkpoint wrappers,
+    and with `fold` without adapters: their layers have weights of their own then.
     `made` holds what has been made: a module or tensor that stands in two places stays one."""
 
     def cast(p):
         return p if p is None or dtype is None else made.setdefault(p, p.to(dtype))
 
     inner = getattr(module, "_checkpoint_wrapped_module", module)
+    if inner not in made and fold and getattr(inner, "folds", False):
+        twin = made[inner] = unwrapped(inner.base_layer, dtype, made, fold)
+        twin._parameters["weight"] = inner.folded().to(twin.weight.dtype)
     if inner not in made:
         sharded = hasattr(inner, "unshard")  # then its class has two bases, FSDPModule and what it was
         twin = made[inner] = object.__new__(type(inner).__bases__[-1] if sharded else type(inner))
@@ -261,7 +266,7 @@ def unwrapped(module: nn.Module, dtype: torch.dtype | None, made: dict) -> nn.Mo
         twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
         twin._parameters = {name: cast(p) for name, p in inner._parameters.items()}
         twin._modules = {
-            name: child and unwrapped(child, dtype, made) for name, child in inner._modules.items()
+            name: child and unwrapped(child, dtype, made, fold) for name, child in inner._modules.items()
         }
     return made[inner]
 

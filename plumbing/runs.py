@@ -268,7 +268,11 @@ class RunLog:
             self._append("samples.jsonl", [{"step": step} | row for row in rows])
             row = rows[0]
             numbers = "  ".join(f"{k} {v:+.2f}" for k, v in row.items() if isinstance(v, float))
-            text = f"[{self.bar.desc} step {step}] {row['prompt']}\n    {row['response']}\n    {numbers}"
+            self.say(f"[{self.bar.desc} step {step}] {row['prompt']}\n    {row['response']}\n    {numbers}")
+
+    def say(self, text: str) -> None:
+        """Once over all ranks, above the bar."""
+        if self.main:
             self.bar.write(text, file=sys.stderr)
 
     def _append(self, name: str, rows: list[dict]) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # RePO on Alpaca-7B reproduced on one GPU, with adapters of rank 16: the six 7B models are three sets of frozen bf16 weights.
-# needs      one GPU of 80 GB (by tools.plan 54.9 GiB; 71.1 GiB with a batch of 128), 26 GiB of host memory, 1.5 GB of disk per checkpoint,
+# needs      one GPU of 80 GB (by tools.plan 66.9 GiB; 75.0 GiB with a batch of 96), 26 GiB of host memory, 1.5 GB of disk per checkpoint,
 #            27 GB for the final model; hub access to the models and data. A card of 48 GB with --quantize int8 (36.8 GiB);
 #            for smaller ones see docs/scaling.md
 # costs      not measured

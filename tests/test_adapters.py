@@ -4,6 +4,7 @@
 import argparse
 import re
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from transformers import AutoModelForCausalLM, BertConfig
 from transformers.pytorch_utils import Conv1D
 
 import repo_ppo
-from lm import token_log_probs
-from plumbing import adapters, cli, loading, ppo
+from lm import generate, token_log_probs
+from plumbing import adapters, cli, distributed, loading, ppo
 from plumbing.adapters import WithoutAdapters, adapt
 from plumbing.files import InputError, read_json, read_jsonl, write_json
 from plumbing.loading import load_causal_lm, load_score_model, save_score_model
@@ -114,6 +115,60 @@ def test_a_policy_starts_at_its_reference_and_leaves_it_alone(family, changes):
     alone = build(family)
     alone.load_state_dict(adapters.merged(policy, dict(policy.state_dict())))
     torch.testing.assert_close(log_probs(alone), log_probs(policy), atol=1e-5, rtol=1e-5)
+
+
+FOLDED = [(family, {"lora_output": True}) for family in ("GPT2", "Llama", "GPTNeoX", "Mixtral")]
+
+
+@pytest.mark.parametrize("family, changes", [*FOLDED, ("Llama", {"quantize": "int8"})], ids=str)
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_what_samples_has_the_adapters_folded_in(family, changes, temperature):
+    """Greedy and sampled: the tokens of the adapters beside their layers, also after an update. Training goes
+    on as if nobody had sampled. What is held in 8 bits keeps its adapters."""
+    policy, uniforms = adapt(build(family), chosen_flags(**changes)), torch.rand(3, 12)
+    plain, trained = log_probs(WithoutAdapters(policy)), [p for p in policy.parameters() if p.requires_grad]
+
+    def tokens(model):
+        return generate(model, IDS, ONES, 12, temperature, eos_token_id=1, uniforms=uniforms)
+
+    def gradients():
+        policy.zero_grad()
+        log_probs(policy).mean().backward()
+        return [p.grad.clone() for p in trained]
+
+    starts, before = [], gradients()
+    for _ in range(2):
+        with torch.no_grad(), distributed.gathered(policy) as sampler:
+            sequences, sampled = tokens(sampler)
+        beside, exact = tokens(policy)
+        assert torch.equal(sequences, beside)
+        torch.testing.assert_close(sampled, exact, atol=1e-5, rtol=1e-5)
+        folded = not changes.get("quantize")
+        assert bool(adapters.adapted(sampler)) != folded and adapters.adapted(policy)
+        weights = [weakref.ref(p) for p in sampler.parameters() if p.ndim == 2]
+        own = {id(p) for p in policy.parameters()}
+        copies = [ref for ref in weights if id(ref()) not in own]
+        assert len(copies) == (len(adapters.adapted(policy)) if folded else 0)
+        del sampler
+        assert not [ref for ref in copies if ref() is not None]  # nothing holds them until the next rollout
+        after = gradients()
+        assert all(torch.equal(a, b) for a, b in zip(before, after)) and max(map(torch.max, after)) > 0
+        starts.append((sequences, sampled))
+        moved(policy)
+        before = gradients()
+        assert torch.equal(log_probs(WithoutAdapters(policy)), plain)
+    assert not torch.equal(starts[0][0], starts[1][0])
+
+
+def test_in_bf16_the_sum_is_made_in_float32_and_rounded_once():
+    args = chosen_flags(dtype="bf16", fsdp=False, activation_checkpointing=True)
+    policy = distributed.shard(moved(adapt(build("Llama").bfloat16(), args)), args)
+    layer = adapters.adapted(policy)["model.layers.1.mlp.down_proj"]
+    with torch.no_grad(), distributed.gathered(policy) as sampler:
+        weight = sampler.get_submodule("model.layers.1.mlp.down_proj").weight
+        assert torch.equal(weight, (layer.base_layer.weight.float() + 2 * layer.B @ layer.A).bfloat16())
+        assert {p.dtype for p in sampler.parameters()} == {torch.bfloat16}
+        torch.testing.assert_close(log_probs(sampler), log_probs(policy), atol=0.2, rtol=0.05)
 
 
 def test_a_critic_has_its_own_head_and_the_reward_model_keeps_score_type_and_head(tmp_path):

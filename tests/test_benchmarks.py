@@ -88,7 +88,7 @@ def test_versus_takes_turns_with_another_checkout_and_responses_end_where_they_s
     assert sorted(TINY.lengths()) == [2, 3, 4, 6]
     mixed = versus_trl.SHAPES["mixed"].lengths()
     assert sorted(mixed)[::31] == [8, 384] and len(mixed) == len(set(mixed)) == 32
-    ((a, b),) = versus_trl.compare(TINY, "fp32", Namespace(against=str(ROOT), pairs=1))
+    ((a, b),) = versus_trl.compare(TINY, "fp32", Namespace(against=str(ROOT), pairs=1, lora_rank=2))
     assert a["response_length"] == b["response_length"] == 15 / 4
     assert a["truncated_rate"] == 0
     assert a["policy_loss"] == b["policy_loss"] and a["seconds"] >= a["seconds_update"]

@@ -115,6 +115,9 @@ def test_with_adapters_six_models_are_three_sets_of_weights(tmp_path):
         (_, rollout), *_ = plan.phases(args, ranks)[0]
         assert rollout["weights"] == (2 * (3 * frozen + 32001 * 4096) + 4 * adapters) / ranks
         assert rollout["optimizer"] == 8 * adapters / ranks
+        if not sharded:  # folded into copies of the linear layers, the last one from a sum in float32
+            linear = 2 * (4 * 4096**2 + 3 * 4096 * 11008) + 32001 * 4096
+            assert rollout["gathered"] == 2 * linear + 4 * 32001 * 4096
     args = plan_rehearsal.repo_ppo.parse_args([*own, *flags, "--fsdp", "--cpu-offload"])
     kept = 2 * (3 * frozen + 32001 * 4096) + 12 * adapters
     critics = 2 * 2 * 256 * (4 * 2 * 4096 + 3 * (4096 + 11008))

@@ -11,7 +11,8 @@ do. N parameters, W ranks, b bytes of the compute dtype (2 in bf16, 4 in fp32):
     a frozen model      b N / W
     with --lora-rank    both are one: b N / W weights, and the first line with the adapters' parameters for N
     with --quantize     N bytes of the layers below adapters, and 4 for each of their rows
-    sampling            b N of the gathered policy + 2 b layers B L kv_heads head_dim of the key-value cache
+    sampling            b N of the gathered policy + 2 b layers B L kv_heads head_dim of the key-value cache;
+                        without --fsdp b N of the layers that adapters are folded into, not those in 8 bits
     forward, backward   the root unit and two blocks gathered, in the backward pass a block's gradients too
     activations         all blocks', or with --activation-checkpointing every block's input and one block's
 
@@ -65,6 +66,10 @@ class Shape:
         quantized = [module for module in model.modules() if isinstance(module, Int8)]
         self.quantized = sum(layer.q.nbytes + layer.s.nbytes for layer in quantized)
         self.merged = self.total + sum(layer.q.numel() for layer in quantized)
+        folded = [layer for layer in adapted(model).values() if layer.folds]
+        sizes = [layer.base_layer.weight.numel() for layer in folded]
+        self.folded, self.largest_folded = sum(sizes), max(sizes, default=0)
+        self.beside = self.trained - sum(layer.A.numel() + layer.B.numel() for layer in folded)
         self.block = count_of(layers) // self.layers  # their mean
         self.trained_block = count_of(layers, trained=True) // self.layers
         self.root = self.total - self.layers * self.block
@@ -173,10 +178,12 @@ def passes(shape: Shape, args, world: int, rows: int, response: int, backward: b
 
 
 def sampling(shape: Shape, args, rows: int) -> dict[str, float]:
-    """Bytes beyond shards while `rows` prompts are answered: at the pass over the prompts or at the last
-    token, whichever is more."""
+    """Bytes beyond shards while `rows` prompts are answered: when the last adapter is folded in, at the pass
+    over the prompts or at the last token, whichever is most."""
     width, prompt = bytes_of(args), args.max_length - args.max_new_tokens
-    copies = shape.total * width if args.fsdp else shape.trained * width if width == 2 else 0
+    # without --fsdp autocast's copies of what is trained, or adapters folded into copies of their layers
+    copies = width * (shape.total if args.fsdp else shape.folded + (shape.beside if width == 2 else 0))
+    folding = {"gathered": copies + (4 * shape.largest_folded if width == 2 and not args.fsdp else 0)}
     token = 2 * width * rows * shape.kv_width  # in one layer
     first = {"gathered": copies, "kv cache": token * prompt * shape.layers}
     first["activations"] = saved(shape, rows, prompt)[0] / 2
@@ -184,7 +191,7 @@ def sampling(shape: Shape, args, rows: int) -> dict[str, float]:
     last = {"gathered": copies, "kv cache": token * args.max_length * (shape.layers + 0.5)}
     # the logits in float32, probabilities, the float64 running sum
     last["logits"] = rows * shape.words * (width + 4 + 4 + 8)
-    return max(first, last, key=lambda moment: sum(moment.values()))
+    return max(folding, first, last, key=lambda moment: sum(moment.values()))
 
 
 # ------------------------------------------------------------------------------ a run's phases
