@@ -72,8 +72,12 @@ real: .venv/installed
 bench: .venv/installed
 	@$(PY) benchmarks/versus_trl.py --dtypes fp32 --pairs 1 --output runs/bench/versus_trl.json
 
+# Two halves by the files' first letters, side by side.
 test: .venv/installed
-	$(PY) -m pytest -q tests
+	@$(MAKE) --no-print-directory -j2 half-a-l half-m-z
+
+half-%:
+	@$(PY) -m pytest -q $(wildcard tests/test_[$*]*.py)
 
 lint: .venv/linter
 	.venv/bin/ruff check
