@@ -15,8 +15,8 @@ Twin of reward_model.py: `diff reward_model.py cost_model.py` shows what a cost 
 "Published" in a docstring is PKU's safe-rlhf, safe_rlhf/ left out, as in this copy of April 2024:
 https://github.com/tcexeexe/SHTEC_RM_model/tree/5bb76e43b6804209ffa9570de55f421baa3eb007/safe_rlhf
 
-Left out: training the normalizer's running statistics (checkpoints that carry them are honoured;
-of a cost only the scale may be normalized), and the severity of harm (the labels have a sign only).
+Left out: running statistics of the scores while training (--normalize takes them once, at the end; of a cost
+only the spread, as its sign has a meaning), and the severity of harm (the labels have a sign only).
 """
 
 import torch
@@ -54,6 +54,7 @@ def parse_args(argv=None):
     flag = parser.add_argument
     # model and data
     flag("--model", help="folder or hub name; a missing head is added")
+    flag("--layers", type=count, help="start from its first N layers only: a cheaper model and critic")
     flag("--dataset", help="preference pairs in the PKU-SafeRLHF schema")
     flag("--eval-dataset", type=path_or_none, help="held-out pairs ('': none)")
     flag("--skip-bad-rows", action="store_true", help="skip and count malformed rows instead of stopping")
@@ -72,6 +73,7 @@ def parse_args(argv=None):
     flag("--weight-decay", type=nonnegative, default=0.01, help="decoupled weight decay")
     flag("--warmup-ratio", type=fraction, default=0.03, help="share of steps with a rising learning rate")
     flag("--grad-clip", type=positive, default=1.0, help="largest gradient norm")
+    flag("--normalize", action="store_true", help="at the end, give scores the spread 1; signs stay")
     cli.add_run_flags(parser)
     return cli.parse(parser, argv, DEMO)
 
@@ -176,6 +178,16 @@ def evaluate(model: ScoreModel, pairs: list[tuple], tokenizer, args) -> dict:
     }
 
 
+def store_normalizer(model: ScoreModel, pairs: list[tuple], tokenizer, args) -> None:
+    """Score the training pairs once more, without a normalizer, and store what ScoreModel normalizes by."""
+    model.do_normalize = False
+    found = evaluate(model, pairs, tokenizer, args)
+    model.normalizer.mean.fill_(found["eval_score_mean"])
+    model.normalizer.var.fill_(found["eval_score_std"] ** 2)
+    model.normalizer.count.fill_(2 * len(pairs))
+    model.do_normalize = True
+
+
 def main(args):
     torch.manual_seed(args.seed)
 
@@ -193,7 +205,8 @@ def main(args):
     optim.set_steps(args, len(pairs))
 
     # ------------------------------------------------------------------ model
-    model = loading.load_score_model(args.model, "cost", new_head=True, **load_options(args))
+    options = load_options(args) | {"new_head": True, "layers": args.layers}
+    model = loading.load_score_model(args.model, "cost", **options)
     loading.check_context(model.config, args.max_length, args.model)
     model = shard(adapt(model, args, args.adapter), args)
     optimizer = optim.adamw(model, args.lr, args.weight_decay)
@@ -237,6 +250,8 @@ def main(args):
     if eval_pairs and rank() == 0 and args.steps > first_step:
         print(f"held-out pairs ordered rightly: {metrics['eval_accuracy']:.1%} of {len(eval_pairs)}")
         print(f"sign of the cost right: {metrics['eval_sign_accuracy']:.1%}")
+    if args.normalize:
+        store_normalizer(model, pairs, tokenizer, args)
     checkpoints.save_final(args, saver(args, loading.save_score_model), model, tokenizer)
 
 

@@ -14,7 +14,7 @@ Twin of cost_model.py: `diff reward_model.py cost_model.py` shows what a cost ad
 "Published" in a docstring is PKU's safe-rlhf, safe_rlhf/ left out, as in this copy of April 2024:
 https://github.com/tcexeexe/SHTEC_RM_model/tree/5bb76e43b6804209ffa9570de55f421baa3eb007/safe_rlhf
 
-Left out: training the normalizer's running statistics (checkpoints that carry them are honoured),
+Left out: running statistics of the scores while training (--normalize takes them once, at the end),
 and a margin for how strongly annotators preferred a response (the data have none).
 """
 
@@ -53,6 +53,7 @@ def parse_args(argv=None):
     flag = parser.add_argument
     # model and data
     flag("--model", help="folder or hub name; a missing head is added")
+    flag("--layers", type=count, help="start from its first N layers only: a cheaper model and critic")
     flag("--dataset", help="preference pairs in the PKU-SafeRLHF schema")
     flag("--eval-dataset", type=path_or_none, help="held-out pairs ('': none)")
     flag("--skip-bad-rows", action="store_true", help="skip and count malformed rows instead of stopping")
@@ -71,6 +72,7 @@ def parse_args(argv=None):
     flag("--weight-decay", type=nonnegative, default=0.01, help="decoupled weight decay")
     flag("--warmup-ratio", type=fraction, default=0.03, help="share of steps with a rising learning rate")
     flag("--grad-clip", type=positive, default=1.0, help="largest gradient norm")
+    flag("--normalize", action="store_true", help="at the end, give scores the mean 0 and the spread 1")
     cli.add_run_flags(parser)
     return cli.parse(parser, argv, DEMO)
 
@@ -151,6 +153,16 @@ def evaluate(model: ScoreModel, pairs: list[tuple], tokenizer, args) -> dict:
     }
 
 
+def store_normalizer(model: ScoreModel, pairs: list[tuple], tokenizer, args) -> None:
+    """Score the training pairs once more, without a normalizer, and store what ScoreModel normalizes by."""
+    model.do_normalize = False
+    found = evaluate(model, pairs, tokenizer, args)
+    model.normalizer.mean.fill_(found["eval_score_mean"])
+    model.normalizer.var.fill_(found["eval_score_std"] ** 2)
+    model.normalizer.count.fill_(2 * len(pairs))
+    model.do_normalize = True
+
+
 def main(args):
     torch.manual_seed(args.seed)
 
@@ -168,7 +180,8 @@ def main(args):
     optim.set_steps(args, len(pairs))
 
     # ------------------------------------------------------------------ model
-    model = loading.load_score_model(args.model, "reward", new_head=True, **load_options(args))
+    options = load_options(args) | {"new_head": True, "layers": args.layers}
+    model = loading.load_score_model(args.model, "reward", **options)
     loading.check_context(model.config, args.max_length, args.model)
     model = shard(adapt(model, args, args.adapter), args)
     optimizer = optim.adamw(model, args.lr, args.weight_decay)
@@ -210,6 +223,8 @@ def main(args):
     log.close()
     if eval_pairs and rank() == 0 and args.steps > first_step:
         print(f"held-out pairs ordered rightly: {metrics['eval_accuracy']:.1%} of {len(eval_pairs)}")
+    if args.normalize:
+        store_normalizer(model, pairs, tokenizer, args)
     checkpoints.save_final(args, saver(args, loading.save_score_model), model, tokenizer)
 
 

@@ -164,10 +164,23 @@ def check_context(config, max_length: int, path: str) -> None:
 # ------------------------------------------------------------------------------ weights
 
 
-def read(kind, path: str, config, dtype: torch.dtype) -> nn.Module:
+def first_layers(path: str, config, layers: int) -> None:
+    """Let a configuration ask for the first `layers` blocks only. Raises InputError if there are fewer, or if
+    the family's blocks depend on how many there are."""
+    part = reading_part(config)
+    if layers > part.num_hidden_layers:
+        raise InputError(f"--layers {layers}: {path} has {part.num_hidden_layers}")
+    part.num_hidden_layers = layers
+    if vars(part).get("layer_types"):
+        part.layer_types = part.layer_types[:layers]
+    with reading(f"--layers {layers}: {path}"), torch.device("meta"):
+        AutoModel.from_config(config)
+
+
+def read(kind, path: str, config, dtype: torch.dtype, cut: bool = False) -> nn.Module:
     """The weights at `path` by transformers' own reader, which knows what a family calls its tensors on disk
     and in memory. Raises InputError for a weight that is absent, superfluous or of another shape; a backbone
-    (`kind` AutoModel) may leave what lies outside of it, the heads."""
+    (`kind` AutoModel) may leave what lies outside of it, the heads; with `cut` what follows its blocks."""
     with reading(path):
         try:
             model, found = kind.from_pretrained(
@@ -184,6 +197,9 @@ def read(kind, path: str, config, dtype: torch.dtype) -> nn.Module:
     roots = (model.base_model_prefix, *(name for name, _ in model.named_children()))
     within = tuple(f"{name}." for name in roots) if kind is AutoModel else ""
     unknown = (name for name in found["unexpected_keys"] if name.startswith(within))
+    if cut:  # the first number in a name is the block's
+        own = reading_part(config).num_hidden_layers
+        unknown = (n for n in unknown if not any(int(x) >= own for x in re.findall(r"\.(\d+)\.", n)[:1]))
     superfluous = sorted(name for name in unknown if not LEGACY_BUFFERS.search(name))
     if absent or superfluous:
         raise InputError(
@@ -287,14 +303,18 @@ def load_score_model(
     new_head: bool = False,
     dtype: torch.dtype = torch.float32,
     on_meta: bool = False,
+    layers: int | None = None,
 ) -> ScoreModel:
     """Read a score model from a Beaver checkpoint (`*ForScore`), a Hugging Face reward model
-    (`*ForSequenceClassification` with one label) or, with `new_head`, a language model.
+    (`*ForSequenceClassification` with one label) or, with `new_head`, a language model; of its blocks the
+    first `layers`, or all.
 
     A critic may start from a reward or a cost model; otherwise the stored score_type must be the asked one.
     `dtype` is the backbone's, the head is float32. `on_meta` as in load_causal_lm. Raises InputError for a
     missing or superfluous head, another score_dim, another score_type, or a weight that does not fit."""
     config, tensors = load_config(path), read_tensors(resolve(path), lambda key: key.startswith(HEADS))
+    if layers:
+        first_layers(path, config, layers)
     kind = (config.architectures or [""])[0]
     stored_type = getattr(config, "score_type", None)
     if score_type != "critic" and stored_type is not None and stored_type != score_type:
@@ -330,11 +350,11 @@ def load_score_model(
         with reading(path), torch.device("meta"):
             backbone = AutoModel.from_config(config, dtype=dtype)
     else:
-        backbone = read(AutoModel, path, config, dtype)
+        backbone = read(AutoModel, path, config, dtype, bool(layers))
     freeze_other_parts(backbone)
     model = ScoreModel(backbone, score_type, bias, do_normalize)
     if on_meta:
-        model.read = functools.partial(load_score_model, path, score_type, new_head, dtype)
+        model.read = functools.partial(load_score_model, path, score_type, new_head, dtype, layers=layers)
         return model.to("meta").eval()
     named = {name.replace("score.", "score_head."): tensor for name, tensor in tensors.items()}
     with reading(path):  # a head of another width

@@ -15,7 +15,7 @@ import lm
 import toy_world
 from lm import end_scores, generate, position_ids, response_mask
 from plumbing import distributed, loading
-from plumbing.files import read_json, read_jsonl, write_json
+from plumbing.files import InputError, read_json, read_jsonl, write_json
 from plumbing.loading import load_causal_lm, load_score_model
 from recipes.rehearsal import write_data
 
@@ -150,6 +150,43 @@ def test_score_models_do_not_depend_on_padding_and_survive_saving(saved, tmp_pat
     assert torch.equal(theirs(input_ids=ids, attention_mask=ones).last_hidden_state, hidden)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["GPT2", "Llama", "Mixtral", "Gemma2", "Gemma3", "Bloom"])
+def test_the_first_layers_are_the_model_without_the_others(family, tmp_path):
+    """Their output goes through the final norm, and the saved folder knows nothing of the others."""
+    model = build(family)
+    model.save_pretrained(tmp_path / "whole")
+    whole = load_score_model(str(tmp_path / "whole"), "reward", new_head=True)
+    short = load_score_model(str(tmp_path / "whole"), "reward", new_head=True, layers=1)
+    inputs = {"input_ids": torch.randint(2, 32, (3, 7)), "attention_mask": torch.ones(3, 7).long()}
+    all_of_it = whole.backbone(**inputs).last_hidden_state
+    lists = (m for m in whole.backbone.modules() if isinstance(m, torch.nn.ModuleList))
+    stack = next(m for m in lists if list(m) == distributed.blocks(whole))
+    del stack[1:]
+    lm.reading_part(whole.config).num_hidden_layers = 1
+    hidden = whole.backbone(**inputs).last_hidden_state
+    assert torch.equal(short.backbone(**inputs).last_hidden_state, hidden)
+    assert not torch.equal(hidden, all_of_it)
+    loading.save_score_model(short, short.state_dict(), str(tmp_path / "short"))
+    again = load_score_model(str(tmp_path / "short"), "reward")
+    assert torch.equal(again(**inputs), short(**inputs)) and len(distributed.blocks(again)) == 1
+
+
+def test_layers_that_are_not_there_are_refused(tmp_path):
+    for family, layers, message in (
+        ("Llama", 3, "--layers 3: .* has 2"),
+        ("Gemma4Text", 2, "--layers 2: .*: cannot be read .*layer types"),  # some use others' keys and values
+    ):
+        build(family).save_pretrained(tmp_path / family)
+        with pytest.raises(InputError, match=message):
+            load_score_model(str(tmp_path / family), "reward", new_head=True, layers=layers)
+    load_score_model(str(tmp_path / "Llama"), "reward", new_head=True, layers=2)
+    path = tmp_path / "Llama/config.json"
+    write_json(str(path), read_json(str(path)) | {"num_hidden_layers": 1})
+    with pytest.raises(InputError, match="superfluous"):  # a folder that holds more than it says, as before
+        load_score_model(str(tmp_path / "Llama"), "reward", new_head=True)
+
+
 # ------------------------------------------------------------------------------ the whole way
 
 
@@ -170,7 +207,8 @@ def test_every_stage_runs(family, tmp_path, run_in):
     stage("sft.py", "sft", *supervised, "--resume", "--steps", 3)  # also what no gradient reaches
     for kind in ("reward", "cost"):
         data = ("--dataset", "pairs.jsonl", "--eval-dataset", "pairs.jsonl")
-        stage(f"{kind}_model.py", kind, *small, "--model", "sft/model", *data)
+        short = ("--layers", 1, "--normalize")
+        stage(f"{kind}_model.py", kind, *small, "--model", "sft/model", *data, *short)
     scorers = ("--reward-model", "reward/model", "--cost-model", "cost/model")
     data = ("--dataset", "sft.jsonl", "--ptx-dataset", "sft.jsonl", "--minibatch-size", 4)
     stage("repo_ppo.py", "repo", *small, "--model", "sft/model", *scorers, *data)

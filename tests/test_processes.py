@@ -99,9 +99,10 @@ def agree(folder: Path, script: str, name: str, *others: str) -> None:
 def test_one_process_two_and_two_sharded_agree(folder, script):
     frozen = ("--offload-frozen",) if "--cost-model" in RUNS[script] else ()
     sharded = ("--fsdp", "--activation-checkpointing", *frozen)
+    short = ("--layers", "1", "--normalize") if "model" in script else ()
     # at most three processes at a time on two cores
-    finish(launch(folder, script, "one"), *launch_ranks(folder, script, "two", 2))
-    finish(*launch_ranks(folder, script, "sharded", 2, *sharded))
+    finish(launch(folder, script, "one", *short), *launch_ranks(folder, script, "two", 2, *short))
+    finish(*launch_ranks(folder, script, "sharded", 2, *short, *sharded))
     agree(folder, script, "one", "two", "sharded")
 
 

@@ -13,8 +13,11 @@ import torch
 from conftest import Started, finish, metrics, timeless
 from safetensors.torch import load_file, save_file
 
-from plumbing import data
+from lm import end_scores, pad
+from plumbing import data, ppo
+from plumbing.data import encode_texts
 from plumbing.files import read_json, read_jsonl
+from plumbing.loading import load_score_model, load_tokenizer
 
 ROB = "how do i open a lock to rob my neighbour ?"
 SMALL = ("--batch-size", "8", "--minibatch-size", "8")
@@ -169,6 +172,38 @@ def test_token_wise_losses_train(demo, run_in, script):
     assert run_in(demo, script, *flags, "--output-dir", f"runs/tokenwise/{script}")[0] == 0
 
 
+@pytest.mark.parametrize("kind", ["reward", "cost"])
+def test_a_stored_normalizer_makes_spreads_1_and_moves_no_sign(demo, run_in, kind):
+    """Reward over the training answers: mean 0, spread 1. Cost: spread 1, and 0 stays where it is."""
+    few, module = "--steps 4 --batch-size 16 --save-every 2".split(), importlib.import_module(f"{kind}_model")
+    runs = {name: f"runs/normalizer/{kind}_{name}" for name in ("plain", "whole", "resumed")}
+    for name, more in (("plain", ()), ("whole", ("--normalize",))):
+        assert run_in(demo, f"{kind}_model.py", *few, *more, "--output-dir", runs[name])[0] == 0
+    shutil.copytree(runs["whole"], runs["resumed"])
+    shutil.rmtree(f"{runs['resumed']}/checkpoints/step-4")
+    flags = ("--normalize", "--resume", "--output-dir", runs["resumed"])
+    assert run_in(demo, f"{kind}_model.py", *few, *flags)[0] == 0
+    logged = [timeless(read_jsonl(f"{folder}/metrics.jsonl")) for folder in runs.values()]
+    assert logged[0] == logged[1] == logged[2]  # loss, accuracy and held-out scores are of training
+    plain, whole, resumed = (load_file(f"{folder}/model/model.safetensors") for folder in runs.values())
+    assert same_weights(whole, resumed)
+    assert all(torch.equal(plain[name], whole[name]) for name in plain if "normalizer" not in name)
+
+    rows, tokenizer = read_jsonl(module.DEMO["dataset"]), load_tokenizer(f"{runs['whole']}/model")
+    texts = [(row["prompt"], row[f"response_{i}"]) for row in rows for i in (0, 1)]
+    ids, mask = pad(encode_texts(tokenizer, texts), 0, side="right")
+
+    @torch.no_grad()
+    def scores(name: str, score_type: str) -> torch.Tensor:
+        return end_scores(load_score_model(f"{runs[name]}/model", score_type)(ids, mask), mask)
+
+    raw, stored = scores("plain", kind), scores("whole", kind)
+    assert stored.std().item() == pytest.approx(1, abs=1e-4) and raw.std().item() != pytest.approx(1, abs=0.1)
+    center = raw.mean() if kind == "reward" else 0.0
+    torch.testing.assert_close(stored, (raw - center) / raw.std(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(scores("whole", "critic"), scores("plain", "critic"))  # a critic is never normalized
+
+
 TWINS = [("safe_rlhf_ppo", "lagrangian_advantages"), ("repo_ppo", "rectified_advantages")]
 
 
@@ -187,6 +222,34 @@ def test_lambda_moves_before_the_policy_does_and_once_per_rollout(demo, monkeypa
     for row, lam in zip(metrics(demo, "spy"), used, strict=True):
         log_lambda = module.multiplier_step(log_lambda, row["violation"], 0.2, 20.0)
         assert lam == row["lambda"] == pytest.approx(log_lambda.exp().item())
+
+
+def test_scales_by_hand():
+    """Spreads 0.5 and 2: at lambda 3 one spread of the cost weighs 12 of the reward."""
+    reward, cost = torch.tensor([0.5, 1.5]), torch.tensor([-4.0, 0.0])
+    said = ppo.scales(reward, cost, 3.0)
+    assert said == "first rollout: reward +1.00, spread 0.5; cost -2.00, spread 2; " + (
+        "price * sd(C) / sd(R) = 3 * 2 / 0.5 = 12"
+    )
+    for price, warned in ((0.05, "reward drowns the cost"), (8.0, "cost drowns the reward"), (0.0, "")):
+        first, *warning = ppo.scales(reward, cost, price).splitlines()
+        assert first.startswith(said[:60]) and len(warning) == bool(warned) and warned in "".join(warning)
+    assert "cost drowns the reward" in ppo.scales(torch.ones(2), cost, 1.0)
+    assert "warning" not in ppo.scales(torch.ones(1), torch.ones(1), 1.0)  # one answer has no spread
+
+
+@pytest.mark.parametrize("flags, price", [("--lambda-init 3", 3.0), ("--reward-shaping 0.5", 0.5)])
+def test_the_scales_are_told_once_and_of_the_first_rollout(demo, monkeypatch, capsys, flags, price):
+    monkeypatch.chdir(demo)
+    few = f"--steps 2 --batch-size 8 --minibatch-size 8 --save-every 2 --output-dir runs/demo/told{price}"
+    module = importlib.import_module("repo_ppo")
+    module.main(module.parse_args([*few.split(), *flags.split()]))
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("first rollout: ")]
+    first = metrics(demo, f"told{price}")[0]
+    assert f"reward {first['reward']:+.2f}, spread" in told and f"cost {first['cost']:+.2f}, spread" in told
+    assert f" = {price:g} * " in told
+    module.main(module.parse_args([*few.split(), *flags.split(), "--steps", "3", "--resume"]))
+    assert "first rollout" not in capsys.readouterr().err  # what is resumed has learned something
 
 
 # ------------------------------------------------------------------------------ invariances

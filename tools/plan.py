@@ -36,7 +36,7 @@ from plumbing.adapters import Int8, adapt, adapted
 from plumbing.cli import count, positive
 from plumbing.distributed import blocks
 from plumbing.files import InputError, reading
-from plumbing.loading import load_config
+from plumbing.loading import first_layers, load_config
 
 GIB = 1 << 30
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "quantize", "lora_output")
@@ -50,10 +50,14 @@ def count_of(modules: list[nn.Module], trained: bool = False) -> int:
 
 class Shape:
     """What matters of a model: the parameters of a block and of the rest, how many of them a training trains,
-    and how wide its tensors are. `lora`: the values of ADAPTERS, rank 0 for none."""
+    and how wide its tensors are. `lora`: the values of ADAPTERS, rank 0 for none; `depth`: of --layers."""
 
-    def __init__(self, path: str, with_lm_head: bool, dtype: torch.dtype, lora: tuple = (0,)):
+    def __init__(
+        self, path: str, with_lm_head: bool, dtype: torch.dtype, lora: tuple = (0,), depth: int | None = None
+    ):
         self.config = load_config(path)
+        if depth:
+            first_layers(path, self.config, depth)
         self.with_lm_head, self.dtype = with_lm_head, dtype
         self.lora = argparse.Namespace(**dict(zip(ADAPTERS, lora)))
         with reading(path), torch.device("meta"):  # a damaged config.json may ask for anything
@@ -198,8 +202,10 @@ def sampling(shape: Shape, args, rows: int) -> dict[str, float]:
 
 
 @functools.lru_cache
-def shape_of(path: str, with_lm_head: bool, bf16: bool, lora: tuple = (0,)) -> Shape:
-    return Shape(path, with_lm_head, torch.bfloat16 if bf16 else torch.float32, lora)
+def shape_of(
+    path: str, with_lm_head: bool, bf16: bool, lora: tuple = (0,), depth: int | None = None
+) -> Shape:
+    return Shape(path, with_lm_head, torch.bfloat16 if bf16 else torch.float32, lora, depth)
 
 
 def models_of(args) -> tuple[dict[str, tuple[Shape, bool]], str]:
@@ -223,7 +229,8 @@ def models_of(args) -> tuple[dict[str, tuple[Shape, bool]], str]:
                 del models[name]
         return models, "ppo"
     pairs = hasattr(args, "eval_dataset")
-    return {"model": (trained(args.model, not pairs), True)}, "pairs" if pairs else "supervised"
+    model = trained(args.model, not pairs, depth=getattr(args, "layers", None))
+    return {"model": (model, True)}, "pairs" if pairs else "supervised"
 
 
 def lora_of(args) -> tuple:
