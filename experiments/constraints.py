@@ -74,11 +74,11 @@ def width(answers: int) -> float:
 
 
 def confidence_violation(costs: Tensor, threshold: float) -> float:
-    """v = mean + k sd - d, k = z_{1 - delta} / sqrt(N - 1): E[C] is below with confidence 1 - delta.
+    """v = mean + k sd - d, k = z_{1 - delta} / sqrt(N - 1): with confidence 1 - delta E[C] <= mean + k sd.
 
     After the abstract, and checked against the authors' code (github.com/UMass-SCALAR-Lab/HC-RLHF,
-    safe_rlhf/algorithms/reinforce_lag/trainer.py, rl_step). Simplified: a normal quantile for Student's; no
-    second term for the answers of a later safety test (there C2 t / sqrt(1000)); no such test."""
+    safe_rlhf/algorithms/reinforce_lag/trainer.py, rl_step). Simplified: a normal quantile for Student's;
+    left out: their safety test on held-out answers afterwards, and the second term of k that foresees it."""
     return (costs.mean() + width(len(costs)) * costs.std(correction=0)).item() - threshold
 
 
@@ -102,7 +102,7 @@ def cvar_advantages(reward_adv, cost_adv, lam: float, cost: Tensor, threshold: f
 
 def dominance_violation(costs: Tensor, threshold: float, first: Tensor) -> float:
     """v = mean_k {C_(k) - F_(k) - d}^+, the k-th smallest costs of this rollout and of the first one, F, (N,)
-    sorted: what optimal transport moves in one dimension, where its plan is the sorting. v <= 0 says that
+    sorted: what optimal transport moves in one dimension, where its plan is the sorting. v = 0 says that
     this policy's cost is stochastically smaller; d < 0 asks for a distance.
 
     After the abstract and the list of contributions, the rest could not be read. Simplified: the hinge for

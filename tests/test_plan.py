@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModel, Gemma3Config, GPT2Config, LlamaConfig, Qwen2Config
 
+import repo_rloo
 from lm import position_ids
 from plumbing.files import InputError
 from plumbing.loading import DROPOUTS
@@ -123,6 +124,21 @@ def test_with_adapters_six_models_are_three_sets_of_weights(tmp_path):
     critics = 2 * 2 * 256 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     policy = frozen + 32001 * 4096 + adapters - critics
     assert plan.phases(args, 1)[1] == kept + 4 * policy  # at last the merged one
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_without_critics_four_models_and_one_of_them_trains(tmp_path, rank):
+    """By hand. With adapters the policy is its own reference, and no score model is a critic's twin."""
+    folder = save(tmp_path, LLAMA)
+    own = f"--model {folder} --reward-model {folder} --cost-model {folder} --dataset p --output-dir o"
+    own += f" --ptx-dataset s --max-length 32 --max-new-tokens 16 --lora-rank {rank} --dtype bf16"
+    phases, _ = plan.phases(repo_rloo.parse_args(own.split()), 1)
+    assert [name for name, _ in phases] == ["rollout", "scoring", "update policy"]
+    policy, scorer = (plan.Shape(folder, head, torch.float32).total for head in (True, False))
+    adapters = 4 * rank * (2 * 64 + 2 * 48 + 3 * 96)  # of 4 blocks: q and o, k and v, the three of the MLP
+    wanted = 2 * policy + 4 * adapters if rank else 4 * policy + 2 * policy
+    assert phases[0][1]["weights"] == wanted + 2 * 2 * scorer
+    assert phases[0][1]["optimizer"] == 8 * (adapters or policy)
 
 
 def test_frozen_weights_in_8_bits_are_a_byte_a_number_and_four_a_row(tmp_path):
