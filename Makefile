@@ -142,7 +142,7 @@ REAL_START := $(or $(MODEL),runs/real/start)
 REAL_DATA  := $(REAL)/data
 # Big matrices use both cores, so one stage runs at a time.
 REAL_WORLD := $(ALONE) -m experiments.real_world
-REAL_CHAT  := --chat-template --dtype bf16 --max-length 96 --seed $(SEED)
+REAL_CHAT  := --chat-template --dtype bf16 --max-length 128 --seed $(SEED)
 REAL_RUN   := $(REAL_CHAT) --overwrite --lora-rank 16
 REAL_PAIRS  = $(if $(PAIRS),--dataset $(PAIRS) --eval-dataset $(PAIRS):test --skip-bad-rows,--dataset $< --eval-dataset \
 	$(REAL_DATA)/preferences_test_$(1).jsonl)

@@ -397,7 +397,7 @@ def parse_args(argv=None):
         flag("--policy", required=True, help="folder or hub name of the model that answers")
         flag("--output-dir", type=path_name, required=True, help="folder with the prompts, to write to")
         flag("--samples", type=count, default=samples, help="answers per prompt")
-        flag("--max-length", type=count, default=96, help="longest prompt + response in tokens")
+        flag("--max-length", type=count, default=128, help="longest prompt + response in tokens")
         flag("--max-new-tokens", type=count, default=32, help="longest response in tokens")
         flag("--micro-batch-size", type=count, default=128, help="answers per forward pass")
         flag("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation")

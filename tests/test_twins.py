@@ -147,7 +147,15 @@ def test_the_upper_storey_is_the_scripts_and_lm():
 
 
 @pytest.mark.parametrize(
-    "module", ["plumbing.files", "plumbing.runs", "plots", "experiments.figures", "experiments.study"]
+    "module",
+    [
+        "plumbing.files",
+        "plumbing.runs",
+        "plots",
+        "experiments.figures",
+        "experiments.study",
+        "experiments.real_world",
+    ],
 )
 def test_what_only_reads_and_draws_loads_no_torch(module):
     code = f"import sys, {module}; print(*{{'torch', 'transformers', 'datasets'}} & sys.modules.keys())"
