@@ -106,8 +106,8 @@ def scales(reward: Tensor, cost: Tensor, price: float) -> str:
     sum: from one of them alone where it drowns the other. The bounds are rules of thumb."""
     sd_reward, sd_cost = (scores.std(correction=0).item() for scores in (reward, cost))
     weight = price * sd_cost / max(sd_reward, 1e-8)
-    told = f"first rollout: reward {reward.mean():+.2f}, spread {sd_reward:.2g}; "
-    told += f"cost {cost.mean():+.2f}, spread {sd_cost:.2g}; "
+    told = f"first rollout: reward {reward.mean().item():+.2f}, spread {sd_reward:.2g}; "
+    told += f"cost {cost.mean().item():+.2f}, spread {sd_cost:.2g}; "
     told += f"price * sd(C) / sd(R) = {price:g} * {sd_cost:.2g} / {sd_reward:.2g} = {weight:.2g}"
     advice = "reward_model.py and cost_model.py --normalize bring both spreads to 1 (docs/your_data.md)"
     if weight > 30:
