@@ -167,10 +167,11 @@ def in_groups(args) -> tuple:
 
 
 FALLS = ("--lambda-lr", "0.3")  # v has both signs: the rate of safe_rlhf_ppo.py
+SLOW = ("--lambda-lr", "0.003")  # v stays near 5 for long: 0.3 has lambda at its cap in two rollouts
 MEMBERS = {  # name: the pair, or what makes it of a run's flags; the script; flags of its own
     "expected": ((expected_violation, expected_advantages), repo_ppo, FALLS),
     "confidence": ((confidence_violation, confidence_advantages), repo_ppo, FALLS),
-    "cvar": ((cvar_violation, cvar_advantages), repo_ppo, FALLS),
+    "cvar": ((cvar_violation, cvar_advantages), repo_ppo, SLOW),
     "dominance": (over_first_rollout, repo_ppo, ()),
     "fixed": ((rectified_violation, rectified_advantages), repo_ppo, ("--lambda-lr", "0")),
     "every_prompt": ((rectified_violation, rectified_advantages), repo_ppo, ()),
