@@ -86,6 +86,16 @@ def test_a_supervised_run_by_hand(tmp_path):
     assert less["activations"] < whole["activations"]
 
 
+def test_the_first_layers_are_planned_as_a_model_of_so_many(tmp_path):
+    short = LlamaConfig(**TINY | {"num_hidden_layers": 2}, architectures=["LlamaForCausalLM"])
+    folders, pairs = (save(tmp_path / "whole", LLAMA), save(tmp_path / "short", short)), {"eval_dataset": ""}
+    whole, cut, alone = (
+        plan.phases(arguments(folder, layers=layers, **pairs), 1)
+        for folder, layers in zip((folders[0], *folders), (None, 2, None))
+    )
+    assert cut == alone != whole
+
+
 def test_the_plan_agrees_with_the_memory_tracker_on_a_7b_shape():
     """Two of the 32 blocks, so that the parts that grow with depth cannot hide the others' errors."""
     import plan_rehearsal
