@@ -321,13 +321,10 @@ def script_and_flags(folder: Path, line: str) -> tuple[str, list[str]]:
     return (f"{words[1].replace('.', '/')}.py", words[2:]) if words[0] == "-m" else (words[0], words[1:])
 
 
-SCORES = ("REAL_SCORE=", "REAL_SCALE=")
-
-
 @pytest.mark.parametrize("variables", [(), ("MODEL=owner/name", "PAIRS=owner/pairs", "SEED=3")], ids=str)
 def test_make_real_names_scripts_and_flags_that_there_are(tmp_path, variables, capsys):
     scripts = []
-    for line in make_real(tmp_path, *variables, *SCORES):
+    for line in make_real(tmp_path, *variables):
         line = re.sub(r"\$\(sed .*metrics\.jsonl\)", "1.5", line)  # what the run before has logged
         script, flags = script_and_flags(tmp_path, line)
         try:
@@ -362,7 +359,7 @@ def test_make_real_end_to_end_on_a_tiny_chat_model_of_the_hub(packages, start, t
     (tmp_path / ".venv/real").symlink_to(packages)
     shutil.copytree(start, tmp_path / "hub/models/chat/tiny/main")
     with Hub(tmp_path / "hub") as hub:
-        for line in make_real(tmp_path, "MODEL=chat/tiny", *SCORES):
+        for line in make_real(tmp_path, "MODEL=chat/tiny", "REAL_SCORE=--layers 1"):
             script, flags = script_and_flags(tmp_path, line)
             few = FEW[flags[0] if script.startswith("experiments/") else script]
             finish(Started(tmp_path, script, *flags, *few.split(), prepare=hub.point_to(tmp_path / "home")))
@@ -382,6 +379,9 @@ def test_make_real_end_to_end_on_a_tiny_chat_model_of_the_hub(packages, start, t
     assert "truly unsafe among" in (text := (run / "evaluation/table.txt").read_text())
     assert "best-safe" not in text  # nobody knows the best safe answer here
     assert (run / "figures/explore.html").exists() and (run / "figures/compensation.png").exists()
+    assert [
+        read_json(f"{run}/{kind}_model/model/config.json")["num_hidden_layers"] for kind in ("reward", "cost")
+    ] == [1, 1]
     last = read_jsonl(f"{run}/repo/metrics.jsonl")[-1]["lambda"]
     assert read_json(f"{run}/safe_rlhf_price/args.json")["lambda_init"] == last  # RePO's last price
 
