@@ -74,7 +74,7 @@ bench: .venv/installed
 
 # Two halves by the files' first letters, side by side.
 test: .venv/installed
-	@$(MAKE) --no-print-directory -j2 half-a-l half-m-z
+	@$(MAKE) --no-print-directory -j2 half-a-m half-n-z
 
 half-%:
 	@$(PY) -m pytest -q $(wildcard tests/test_[$*]*.py)
