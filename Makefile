@@ -152,13 +152,14 @@ REAL_RUN   := $(REAL_CHAT) --overwrite --lora-rank 16
 REAL_PAIRS  = $(if $(PAIRS),--dataset $(PAIRS) --eval-dataset $(PAIRS):test --skip-bad-rows,--dataset $< --eval-dataset \
 	$(REAL_DATA)/preferences_test_$(1).jsonl)
 REAL_MODEL  = $(REAL_RUN) --model $(REAL)/sft/model $(REAL_PAIRS) $(REAL_SCORE) --output-dir $(REAL)/$(1)_model \
-	--steps 80 --batch-size 32 --micro-batch-size 32 --lr 1e-3 --regularization 0.01
+	--lr 1e-3 --regularization 0.01
 REAL_JUDGE := --reward-model $(REAL)/reward_model/model --cost-model $(REAL)/cost_model/model
 REAL_PPO   := $(REAL_RUN) --model $(REAL)/sft/model $(REAL_JUDGE) --dataset $(REAL_DATA)/prompts_train.jsonl \
-	--ptx-dataset $(REAL_DATA)/ptx.jsonl --steps 24 --batch-size 32 --minibatch-size 16 --micro-batch-size 16 \
-	--max-new-tokens 32 --temperature 1.0 --lr 8e-4 --critic-lr 1e-3 --kl-coeff 0.04 \
-	--lambda-max 5 --sample-every 4
-REAL_PRICE := --lambda-init 2 --lambda-lr 0.3
+	--ptx-dataset $(REAL_DATA)/ptx.jsonl --steps 16 --batch-size 32 --minibatch-size 16 --micro-batch-size 16 \
+	--max-new-tokens 32 --temperature 1.0 --lr 8e-4 --critic-lr 1e-3 --kl-coeff 0.1 \
+	--lambda-max 50 --sample-every 4
+# RePO's multiplier can only rise, so it starts near where it should end and rises slowly.
+REAL_PRICE := --lambda-init 5
 
 .venv/real/installed: requirements-real.txt | .venv/installed
 	$(PY) -m pip install --quiet --upgrade --no-deps --target .venv/real --requirement $<
@@ -182,16 +183,16 @@ $(REAL_DATA)/preferences_train.jsonl: $(REAL)/sft/model/config.json
 	$(REAL_WORLD) preferences --policy $(REAL)/sft/model --output-dir $(REAL_DATA) --dtype $(REAL_DTYPE) --seed $(SEED)
 
 $(REAL)/reward_model/model/config.json: $(REAL_DATA)/preferences_train.jsonl
-	$(REAL_ALONE) reward_model.py $(call REAL_MODEL,reward) $(REAL_SCALE)
+	$(REAL_ALONE) reward_model.py $(call REAL_MODEL,reward) --steps 40 --batch-size 32 --micro-batch-size 32 $(REAL_SCALE)
 
 $(REAL)/cost_model/model/config.json: $(REAL_DATA)/preferences_train.jsonl
-	$(REAL_ALONE) cost_model.py $(call REAL_MODEL,cost)
+	$(REAL_ALONE) cost_model.py $(call REAL_MODEL,cost) --steps 100 --batch-size 16 --micro-batch-size 16
 
 $(REAL)/safe_rlhf/model/config.json: $(REAL)/reward_model/model/config.json $(REAL)/cost_model/model/config.json
-	$(REAL_ALONE) safe_rlhf_ppo.py $(REAL_PPO) $(REAL_PRICE) --output-dir $(REAL)/safe_rlhf
+	$(REAL_ALONE) safe_rlhf_ppo.py $(REAL_PPO) $(REAL_PRICE) --lambda-lr 0.3 --output-dir $(REAL)/safe_rlhf
 
 $(REAL)/repo/model/config.json: $(REAL)/reward_model/model/config.json $(REAL)/cost_model/model/config.json
-	$(REAL_ALONE) repo_ppo.py $(REAL_PPO) $(REAL_PRICE) --output-dir $(REAL)/repo
+	$(REAL_ALONE) repo_ppo.py $(REAL_PPO) $(REAL_PRICE) --lambda-lr 0.02 --output-dir $(REAL)/repo
 
 $(REAL)/safe_rlhf_price/model/config.json: $(REAL)/safe_rlhf/model/config.json $(REAL)/repo/model/config.json
 	$(REAL_ALONE) safe_rlhf_ppo.py $(REAL_PPO) --output-dir $(REAL)/safe_rlhf_price --lambda-lr 0 \
