@@ -158,7 +158,7 @@ REAL_PPO   := $(REAL_RUN) --model $(REAL)/sft/model $(REAL_JUDGE) --dataset $(RE
 	--ptx-dataset $(REAL_DATA)/ptx.jsonl --steps 16 --batch-size 32 --minibatch-size 16 --micro-batch-size 16 \
 	--max-new-tokens 32 --temperature 1.0 --lr 8e-4 --critic-lr 1e-3 --kl-coeff 0.1 \
 	--lambda-max 50 --sample-every 4
-# RePO's multiplier can only rise, so it starts near where it should end and rises slowly.
+# RePO's multiplier can only rise, so its rate below is the smaller one. At these settings RePO stalls: docs/real_model.md.
 REAL_PRICE := --lambda-init 5
 
 .venv/real/installed: requirements-real.txt | .venv/installed

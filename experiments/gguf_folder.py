@@ -10,7 +10,7 @@ The weights are unpacked to float32. They are no closer to the original than the
 weight in a Q4_1.
 
 --no-system-prompt takes out the one that the chat template puts before a conversation that has none: in
-SmolLM2's 24 tokens, a third of a short question with its answer, and so of a run's time.
+SmolLM2's 24 tokens, more than a short question has.
 """
 
 import os
@@ -24,7 +24,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("--gguf", required=True, help="the file")
     parser.add_argument("--output-dir", required=True, help="folder to write to")
-    parser.add_argument("--no-system-prompt", action="store_true", help="see above")
+    parser.add_argument("--no-system-prompt", action="store_true", help="without the template's default one")
     return parser.parse_args(argv)
 
 
