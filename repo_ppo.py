@@ -339,6 +339,9 @@ def step_metrics(rollout: dict, updates: list[dict], threshold: float) -> dict:
         "truncated_rate": ~ended,
         "empty_rate": ended & (length == 1),
         "scorer_cut_rate": rollout["scorer_cut"],
+        # e_r and e_c of docs/stalling.md: what the critic says before the first token, less what then came
+        "reward_value_error": (rollout["reward_values"] - rollout["reward_returns"])[:, 0],
+        "cost_value_error": (rollout["cost_values"] - rollout["cost_returns"])[:, 0],
     }
     means = {name: value.float().mean().item() for name, value in values.items()}
     return means | {name: float(sum(u[name] for u in updates)) / len(updates) for name in updates[0]}

@@ -103,14 +103,15 @@ def frozen(load, args):
 def scales(reward: Tensor, cost: Tensor, price: float) -> str:
     """Scores (N,) of the first rollout and the price, lambda or NU, -> level and spread of both to print, and
     how many spreads of the reward one spread of the cost weighs in E6. A policy learns from the advantages'
-    sum: from one of them alone where it drowns the other. The bounds are rules of thumb."""
+    sum: from one of them alone where it drowns the other. The bounds are rules of thumb; RePO learned well
+    at 32 (docs/real_model.md)."""
     sd_reward, sd_cost = (scores.std(correction=0).item() for scores in (reward, cost))
     weight = price * sd_cost / max(sd_reward, 1e-8)
     told = f"first rollout: reward {reward.mean().item():+.2f}, spread {sd_reward:.2g}; "
     told += f"cost {cost.mean().item():+.2f}, spread {sd_cost:.2g}; "
     told += f"price * sd(C) / sd(R) = {price:g} * {sd_cost:.2g} / {sd_reward:.2g} = {weight:.2g}"
-    advice = "reward_model.py and cost_model.py --normalize bring both spreads to 1 (docs/your_data.md)"
-    if weight > 30:
+    advice = "--regularization and --normalize of the score models set their spreads (docs/your_data.md)"
+    if weight > 60:
         told += f"\nwarning: the cost drowns the reward, and a policy may refuse everything. {advice}"
     elif 0 < weight < 0.3:
         told += f"\nwarning: the reward drowns the cost, and a policy may stay unsafe. {advice}"

@@ -13,7 +13,7 @@ import torch
 from conftest import Started, finish, metrics, timeless
 from safetensors.torch import load_file, save_file
 
-from lm import end_scores, pad
+from lm import end_scores, pad, state_values
 from plumbing import data, ppo
 from plumbing.data import encode_texts
 from plumbing.files import read_json, read_jsonl
@@ -224,6 +224,18 @@ def test_lambda_moves_before_the_policy_does_and_once_per_rollout(demo, monkeypa
         assert lam == row["lambda"] == pytest.approx(log_lambda.exp().item())
 
 
+@pytest.mark.parametrize("module", [module for module, _ in TWINS])
+def test_the_error_of_a_critic_that_always_says_seven(demo, monkeypatch, module):
+    module = importlib.import_module(module)
+    monkeypatch.setattr(module, "state_values", lambda *args: state_values(*args) * 0 + 7)
+    monkeypatch.chdir(demo)
+    few = "--steps 2 --batch-size 8 --minibatch-size 8 --kl-coeff 0 --gae-lambda 1"
+    module.main(module.parse_args([*few.split(), "--output-dir", "runs/demo/seven"]))
+    for row in metrics(demo, "seven"):
+        for name in ("reward", "cost"):
+            assert row[f"{name}_value_error"] == pytest.approx(7 - row[name], abs=1e-5)
+
+
 def test_scales_by_hand():
     """Spreads 0.5 and 2: at lambda 3 one spread of the cost weighs 12 of the reward."""
     reward, cost = torch.tensor([0.5, 1.5]), torch.tensor([-4.0, 0.0])
@@ -231,7 +243,7 @@ def test_scales_by_hand():
     assert said == "first rollout: reward +1.00, spread 0.5; cost -2.00, spread 2; " + (
         "price * sd(C) / sd(R) = 3 * 2 / 0.5 = 12"
     )
-    for price, warned in ((0.05, "reward drowns the cost"), (8.0, "cost drowns the reward"), (0.0, "")):
+    for price, warned in ((0.05, "reward drowns the cost"), (16.0, "cost drowns the reward"), (0.0, "")):
         first, *warning = ppo.scales(reward, cost, price).splitlines()
         assert first.startswith(said[:60]) and len(warning) == bool(warned) and warned in "".join(warning)
     assert "cost drowns the reward" in ppo.scales(torch.ones(2), cost, 1.0)

@@ -172,17 +172,20 @@ def test_repo_samples_its_split_and_the_split_is_not_quite_the_gradient_of_its_o
 
 
 @pytest.mark.parametrize("lam", [1.0, 5.0, 100.0])
-def test_when_repo_stalls(lam):
-    """A safe answer with probability p, reward 0, and an unsafe one with reward G and a cost D higher:
-    with perfect critics the step favours the safe answer exactly if p lam D > G ((1 - p)(1 + lam) + p)."""
+@pytest.mark.parametrize("reward_error, cost_error", [(0.0, 0.0), (0.5, 0.0), (0.0, 2.0), (-0.3, 0.5)])
+def test_when_repo_stalls(lam, reward_error, cost_error):
+    """A safe answer with probability p, reward 0, and an unsafe one with reward G and a cost D higher.
+    Critics that say e_r and e_c too much: the step favours the safe answer exactly if
+    lam (p D - e_c) > G ((1 - p)(1 + lam) + p) + lam e_r. Safe RLHF's step does not see their error."""
     p, gap = 0.2, 1.0
-    boundary = gap * ((1 - p) * (1 + lam) + p) / (p * lam)
+    boundary = (gap * ((1 - p) * (1 + lam) + p) / lam + reward_error + cost_error) / p
     probs = torch.tensor([p, 1 - p], dtype=torch.float64)
-    for difference, favours_safe in ((0.99 * boundary, False), (1.01 * boundary, True)):
+    for difference, favours_safe in ((boundary - 0.01, False), (boundary + 0.01, True)):
         reward, cost = torch.tensor([[0.0, gap], [-0.1, difference - 0.1]], dtype=torch.float64)
-        reward_adv, cost_adv = (x - (probs * x).sum() for x in (reward, cost))
-        advantages = repo_ppo.rectified_advantages(reward_adv[:, None], cost_adv[:, None], lam, cost, D)[:, 0]
+        reward_adv = (reward - (probs * reward).sum() - reward_error)[:, None]
+        cost_adv = (cost - (probs * cost).sum() - cost_error)[:, None]
+        advantages = repo_ppo.rectified_advantages(reward_adv, cost_adv, lam, cost, D)[:, 0]
         # the gradient of a logit is p (1 - p) (A_0 - A_1)
         assert bool(advantages[0] > advantages[1]) == favours_safe
-        lagrangian = safe_rlhf_ppo.lagrangian_advantages(reward_adv[:, None], cost_adv[:, None], lam)[:, 0]
+        lagrangian = safe_rlhf_ppo.lagrangian_advantages(reward_adv, cost_adv, lam)[:, 0]
         assert bool(lagrangian[0] > lagrangian[1]) == (lam * difference > gap)  # Safe RLHF: whatever p is

@@ -86,7 +86,7 @@ def test_the_ppo_twins_share_every_function_but_the_constraint(first, name):
 
 @pytest.mark.parametrize("first, name", pairs(GROUP_TWINS))
 def test_without_critics_repo_is_the_same_and_shorter(first, name):
-    check_shared(first, name, GROUP_TWINS, {"parse_args", "main"})
+    check_shared(first, name, GROUP_TWINS, {"parse_args", "step_metrics", "main"})
     assert len(source(name).splitlines()) <= len(source(first).splitlines()) - 60
     assert declared_flags(name) - declared_flags(first) == {"group-size"}
 
